@@ -1,0 +1,290 @@
+"""What can be asked: a place of an architecture and an observable there.
+
+The table `OBSERVABLES` says what each observable means, on which kind of place it lives,
+what its array looks like and how its band is measured.  It is a description only: the
+theory derives values for it and the measurement estimates them, each in its own code.
+
+Positions count from 1 in formulas; arrays are indexed from 0, so `values[0]` is m = 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from nope.architecture import Architecture, Operation, _count, _expect
+from nope.init import Scheme
+
+Shape = Literal["positions", "adjacent", "pairs", "distinct_pairs", "steps", "whole", "coordinates"]
+Scale = Literal["relative", "kernel", "absolute"]
+
+GRID_SIZE = 64
+"""Matrix observables are judged on at most this many positions, log-spaced."""
+
+COORDINATE_GRID = (2, 16)
+"""`coordinate_second_moment` looks at this many first positions and at this many coordinates."""
+
+
+@dataclass(frozen=True)
+class Observable:
+    """What a per-draw statistic means.
+
+    `shape` is the form of its array; `scale` is what a tolerance multiplies: the prediction
+    (`relative`), sqrt(K_mm K_nn) (`kernel`) or 1 (`absolute`); `least` is the number of
+    positions below which there is nothing to judge.
+    """
+
+    name: str
+    meaning: str
+    on: tuple[str, ...]
+    shape: Shape
+    scale: Scale
+    least: int = 1
+
+
+OBSERVABLES = {
+    observable.name: observable
+    for observable in (
+        Observable(
+            "second_moment",
+            "E x^2 of a coordinate at position m; of a score or a weight of query m, over n <= m",
+            ("vector", "pair"),
+            "positions",
+            "relative",
+        ),
+        Observable(
+            "mean_second_moment",
+            "E x^2 averaged over every position (and pair n <= m) of a draw",
+            ("vector", "pair"),
+            "whole",
+            "relative",
+        ),
+        Observable(
+            "coordinate_second_moment",
+            "E x_j^2 of single coordinates j at the first positions, not averaged",
+            ("vector",),
+            "coordinates",
+            "relative",
+        ),
+        Observable(
+            "kurtosis", "E x^4 / (E x^2)^2 over all randomness", ("vector", "pair"), "positions", "relative"
+        ),
+        Observable("participation", "E sum_n a_mn^2", ("pair",), "positions", "relative"),
+        Observable("kernel", "E <x_m, x_n> / d", ("vector",), "pairs", "kernel"),
+        Observable(
+            "kernel_cosine",
+            "K(m, n) / sqrt(K(m, m) K(n, n)) of the mean kernel K",
+            ("vector",),
+            "distinct_pairs",
+            "absolute",
+            least=2,
+        ),
+        Observable(
+            "cosine", "E cos(x_m, x_n)", ("vector",), "distinct_pairs", "absolute", least=2
+        ),
+        Observable(
+            "cosine_steps",
+            "E [cos(x_m, x_n') - cos(x_m, x_n)], n < n' < m neighbours on the grid",
+            ("vector",),
+            "steps",
+            "absolute",
+            least=3,
+        ),
+        Observable(
+            "adjacent_cosine", "E cos(x_m, x_m+1)", ("vector",), "adjacent", "absolute", least=2
+        ),
+        Observable(
+            "adjacency_score",
+            "share of triples j < k < i with cos(x_i, x_j) < cos(x_i, x_k)",
+            ("vector",),
+            "whole",
+            "absolute",
+            least=3,
+        ),
+        Observable(
+            "adjacency_score.steps",
+            "share of neighbours (j, j+1), j+1 < i, with cos(x_i, x_j) < cos(x_i, x_j+1)",
+            ("vector",),
+            "whole",
+            "absolute",
+            least=3,
+        ),
+        Observable(
+            "adjacency_score.norm",
+            "share of pairs j < k with |x_j| > |x_k|",
+            ("vector",),
+            "whole",
+            "absolute",
+            least=2,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Condition a question on weights drawn once, from `seed`; the unit is then an input."""
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _count("the weights' seed", self.seed, least=0)
+
+
+@dataclass(frozen=True)
+class Question:
+    """An architecture, an initialisation, a place in the network, an observable.
+
+    `given=Weights(seed)` fixes the weights.  Raises `ValueError` for an unknown observable;
+    whether the place exists and has anything to judge is `reason_not_applicable`.
+    """
+
+    architecture: Architecture
+    init: Scheme
+    place: str
+    observable: str
+    given: Weights | None = None
+
+    def __post_init__(self) -> None:
+        _expect(
+            self.observable in OBSERVABLES,
+            f"an observable of {', '.join(OBSERVABLES)}",
+            self.observable,
+            "see nope.questions.OBSERVABLES",
+        )
+
+    @property
+    def kind(self) -> Observable:
+        return OBSERVABLES[self.observable]
+
+    @property
+    def operation(self) -> Operation:
+        """The operation at the place; `LookupError` if there is none."""
+        return self.architecture.upstream(self.place)[-1]
+
+    @property
+    def reason_not_applicable(self) -> str | None:
+        """Why nothing can be judged here, or None."""
+        operation = self.architecture.places().get(self.place)
+        kind, n_ctx = self.kind, self.architecture.n_ctx
+        if operation is None:
+            return f"this architecture has no place {self.place}"
+        if operation.axes not in kind.on:
+            return f"{kind.name} is not defined on {self.place}: it needs a {kind.on[0]} place"
+        if n_ctx < kind.least:
+            return f"{kind.name} needs {kind.least} positions and n_ctx is {n_ctx}"
+        return None
+
+    def require_applicable(self) -> None:
+        """Raise `LookupError` with the reason unless the question can be answered."""
+        reason = self.reason_not_applicable
+        if reason is not None:
+            places = ", ".join(self.architecture.places())
+            raise LookupError(f"expected a question with an answer, but {reason}; places: {places}")
+
+    @property
+    def grid(self) -> np.ndarray:
+        """The positions, counted from 1, that matrix observables look at."""
+        return position_grid(self.architecture.n_ctx)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the observable's array."""
+        size, n_ctx = len(self.grid), self.architecture.n_ctx
+        coordinates = coordinate_grid(self.architecture.d_model)
+        return {
+            "positions": (n_ctx,),
+            "adjacent": (n_ctx - 1,),
+            "pairs": (size, size),
+            "distinct_pairs": (size, size),
+            "steps": (size, size - 1),
+            "whole": (1,),
+            "coordinates": (min(n_ctx, COORDINATE_GRID[0]), len(coordinates)),
+        }[self.kind.shape]
+
+    @cached_property
+    def judged(self) -> np.ndarray:
+        """Which entries of the array carry the claim: a kernel is symmetric, cos(x, x) is 1."""
+        rows = np.arange(self.shape[0])[:, None]
+        columns = np.arange(self.shape[-1])[None, :]
+        match self.kind.shape:
+            case "pairs":
+                return columns <= rows
+            case "distinct_pairs":
+                return columns < rows
+            case "steps":
+                return columns + 1 < rows
+            case _:
+                return np.ones(self.shape, dtype=bool)
+
+    @cached_property
+    def positions(self) -> list[Any]:
+        """A label per judged entry: m, (m, n), (m, coordinate), or `all`."""
+        grid, (rows, *columns) = self.grid, np.nonzero(self.judged)
+        match self.kind.shape:
+            case "positions" | "adjacent":
+                return [int(row) + 1 for row in rows]
+            case "whole":
+                return ["all"]
+            case "coordinates":
+                return [
+                    [int(r) + 1, int(coordinate_grid(self.architecture.d_model)[c]) + 1]
+                    for r, c in zip(rows, columns[0], strict=True)
+                ]
+            case _:
+                return [
+                    [int(grid[r]), int(grid[c])] for r, c in zip(rows, columns[0], strict=True)
+                ]
+
+
+def position_grid(n_ctx: int, size: int = GRID_SIZE) -> np.ndarray:
+    """At most `size` positions of 1..n_ctx, log-spaced, both ends included."""
+    if n_ctx <= size:
+        return np.arange(1, n_ctx + 1)
+    return np.unique(np.geomspace(1, n_ctx, size).round().astype(int))
+
+
+def coordinate_grid(d_model: int) -> np.ndarray:
+    """The coordinates, counted from 0, that `coordinate_second_moment` looks at."""
+    size = min(d_model, COORDINATE_GRID[1])
+    return np.linspace(0, d_model - 1, size).round().astype(int)
+
+
+def stream_key(seed: int, *labels: object) -> int:
+    """A 256-bit key for the random stream of (seed, labels)."""
+    text = "\x1f".join(str(label) for label in (seed, *labels))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=32).digest(), "little")
+
+
+@dataclass(frozen=True)
+class NumpySource:
+    """Random numbers in float64 NumPy arrays, for the weights that a question fixes."""
+
+    generator: np.random.Generator
+
+    def normal(self, shape: tuple[int, ...], std: float) -> np.ndarray:
+        return std * self.generator.standard_normal(shape)
+
+    def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape)
+
+
+def given_weights(question: Question) -> dict[str, np.ndarray]:
+    """The weights that `question.given` fixes, by path.
+
+    They are part of the question, so both routes read the same arrays; NumPy draws them
+    because the theory does without torch.
+    """
+    if question.given is None:
+        raise ValueError("expected a question with given=Weights(seed), got given=None; add it")
+    architecture, arrays = question.architecture, {}
+    for operation in architecture.upstream(question.place):
+        for weight in operation.weights:
+            key = stream_key(question.given.seed, "given", weight.path)
+            source = NumpySource(np.random.Generator(np.random.Philox(np.random.SeedSequence(key))))
+            arrays[weight.path] = question.init.law(weight, architecture).draw(source, weight.shape)
+    return arrays

@@ -1,0 +1,143 @@
+"""The real layers in torch, batched over independent draws of weights and inputs.
+
+`evaluate` computes the asked places of an architecture and nothing they do not need.
+Shapes: a vector place is `draws positions d`; q, k and v are `draws heads positions d_head`;
+scores and pattern are `draws heads queries keys`, with -inf and 0 above the diagonal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import singledispatch
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from nope.architecture import (
+    Activate,
+    Add,
+    Architecture,
+    Average,
+    Embed,
+    Linear,
+    Mix,
+    Normalise,
+    Operation,
+    Scores,
+    Softmax,
+    Uniform,
+    Weight,
+)
+
+Weights = Mapping[str, Tensor]
+
+
+def evaluate(
+    architecture: Architecture,
+    places: Iterable[str],
+    tokens: Float[Tensor, "draws positions d_model"],
+    weight: Callable[[Weight], Tensor],
+) -> dict[str, Tensor]:
+    """The values at `places`.
+
+    `tokens` are the inputs x_m.  `weight` gives the array of a weight, `draws fan_in fan_out`,
+    or with a leading 1 when all draws share it.  Raises `LookupError` for an unknown place.
+    """
+    wanted = tuple(places)
+    needed = {o.place for place in wanted for o in architecture.upstream(place)}
+    values: dict[str, Tensor] = {}
+    for operation in architecture.operations:
+        if operation.place not in needed:
+            continue
+        if isinstance(operation, Embed):
+            values[operation.place] = tokens
+            continue
+        arrays = {w.path: weight(w) for w in operation.weights}
+        inputs = [values[name] for name in operation.inputs]
+        values[operation.place] = apply(operation, inputs, arrays)
+    return {place: values[place] for place in wanted}
+
+
+@singledispatch
+def apply(operation: Operation, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    """What `operation` does to its inputs."""
+    raise NotImplementedError(f"no torch layer for {type(operation).__name__}; register one")
+
+
+@apply.register
+def _(operation: Normalise, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    x = inputs[0]
+    norm = F.layer_norm if operation.kind == "layernorm" else F.rms_norm
+    return norm(x, (x.shape[-1],), eps=operation.eps)
+
+
+@apply.register
+def _(operation: Linear, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    y = _product(inputs[0], arrays[operation.weight.path])
+    if operation.bias is not None:
+        y = y + arrays[operation.bias.path].unsqueeze(-2)
+    if operation.n_heads is not None:
+        y = y.unflatten(-1, (operation.n_heads, -1)).transpose(1, 2)  # draws heads positions d_head
+    return y
+
+
+def _product(x: Tensor, w: Tensor) -> Tensor:
+    """x W per draw; one plain product when all draws share W."""
+    return x @ w[0] if w.shape[0] == 1 else torch.bmm(x, w)
+
+
+@apply.register
+def _(operation: Scores, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    q, k = inputs
+    draws, heads, length, d_head = q.shape
+    mask = torch.full((length, length), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
+    flat = torch.baddbmm(
+        mask,
+        q.reshape(draws * heads, length, d_head),
+        k.reshape(draws * heads, length, d_head).transpose(1, 2),
+        alpha=1 / math.sqrt(d_head),
+    )
+    return flat.view(draws, heads, length, length)
+
+
+@apply.register
+def _(operation: Softmax, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    return inputs[0].softmax(-1)
+
+
+@apply.register
+def _(operation: Uniform, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    draws, heads, length, _ = inputs[0].shape
+    ones = torch.ones(length, length, device=inputs[0].device, dtype=inputs[0].dtype).tril_()
+    return (ones / _counts(inputs[0])).expand(draws, heads, length, length)
+
+
+@apply.register
+def _(operation: Mix, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    pattern, v = inputs
+    z = v.cumsum(-2) / _counts(v) if operation.uniform else pattern @ v
+    return z.transpose(1, 2).flatten(2)  # draws positions d_model
+
+
+@apply.register
+def _(operation: Average, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    return inputs[0].cumsum(-2) / _counts(inputs[0])
+
+
+def _counts(x: Tensor) -> Tensor:
+    """1, 2, ..., n_ctx as a column beside the positions of x."""
+    return torch.arange(1, x.shape[-2] + 1, device=x.device, dtype=x.dtype).unsqueeze(-1)
+
+
+@apply.register
+def _(operation: Activate, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    functions = {"relu": F.relu, "gelu": F.gelu, "identity": lambda x: x}
+    return functions[operation.function](inputs[0])
+
+
+@apply.register
+def _(operation: Add, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    return inputs[0] + inputs[1]

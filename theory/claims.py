@@ -1,0 +1,297 @@
+"""A claim: what a paper says, as data that can be held against a measurement.
+
+A claim has questions, a prediction for each, and a relation that says what being right means.
+Whether the claim *should* hold at given sizes is not typed in: `expected` names the best
+theory available, and the expected verdict is computed by holding its prediction against the
+claim's own band.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from math import gcd
+from typing import Any, Protocol
+
+import numpy as np
+
+import nope
+from nope.architecture import Architecture, GaussianTokens, _count, _finite
+from nope.questions import Question
+from theory.formula import Formula, Status
+from theory.predict import Prediction, arguments, at, predict
+
+PredictionLike = np.ndarray | Formula | Callable[[Question], Any] | float
+
+UNINFORMATIVE_BAND = 0.10
+"""A band wider than this, remainder included, counts as no knowledge."""
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Where the measured statistic must lie for a claim to hold, entry by entry.
+
+    `statistic` is the question that is measured; `low` and `high` have its shape and are
+    infinite where nothing is asserted; `width` is the half-width as a fraction of its scale.
+    """
+
+    statistic: Question
+    prediction: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    width: float
+
+
+class Relation(Protocol):
+    """What it means for a claim to hold: its statistic, its region, its picture."""
+
+    name: str
+    figure: str
+
+    def statistic(self, question: Question) -> Question:
+        """The question whose answer decides."""
+
+    def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
+        """Where the statistic must lie."""
+
+    def words(self, tolerance: float, scale: str) -> str:
+        """The relation in words."""
+
+
+@dataclass(frozen=True)
+class Equals:
+    """measured = predicted, within the tolerance times the observable's scale, plus remainder."""
+
+    name: str = "equals"
+    figure: str = "curve"
+
+    def statistic(self, question: Question) -> Question:
+        return question
+
+    def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
+        values = np.broadcast_to(prediction.values, question.shape)
+        scale = scale_of(question, values)
+        width = tolerance * scale + np.broadcast_to(prediction.remainder, question.shape)
+        low = np.where(question.judged, values - width, -np.inf)
+        high = np.where(question.judged, values + width, np.inf)
+        widest = (width / np.where(scale > 0, scale, 1.0))[question.judged].max(initial=0.0)
+        return Region(question, values, low, high, float(widest))
+
+    def words(self, tolerance: float, scale: str) -> str:
+        units = {
+            "relative": "of the prediction",
+            "kernel": "of sqrt(K_mm K_nn)",
+            "absolute": "absolute",
+        }
+        return f"equal to the prediction within {tolerance:.3g} {units[scale]}"
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """The measured cosine falls with distance: every step towards the diagonal is positive."""
+
+    name: str = "ordered"
+    figure: str = "steps"
+
+    def statistic(self, question: Question) -> Question:
+        return nope.Question(
+            question.architecture, question.init, question.place, "cosine_steps", question.given
+        )
+
+    def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
+        steps = self.statistic(question)
+        values = np.diff(np.broadcast_to(prediction.values, question.shape), axis=1)
+        low = np.where(steps.judged, 0.0, -np.inf)
+        return Region(steps, values, low, np.full(steps.shape, np.inf), 0.0)
+
+    def words(self, tolerance: float, scale: str) -> str:
+        return "greater at every step towards the query (no tolerance)"
+
+
+def scale_of(question: Question, values: np.ndarray) -> np.ndarray:
+    """What a tolerance multiplies: the prediction, sqrt(K_mm K_nn), or 1."""
+    match question.kind.scale:
+        case "relative":
+            return np.abs(values)
+        case "kernel":
+            diagonal = np.sqrt(np.abs(np.diagonal(values)))
+            return np.outer(diagonal, diagonal)
+        case _:
+            return np.ones(question.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """One statement about a transformer at initialisation.
+
+    id:         name, `paper.statement`
+    statement:  the claim in words
+    source:     paper and lemma
+    status:     how true its formula is held to be: exact, leading_order or printed
+    questions:  one `nope.Question` or several, each judged by itself
+    prediction: an array, a number, a `Formula`, or a function of the question that returns an
+                array or a `Prediction`
+    band:       tolerance of this claim, None for the run's
+    relation:   `Equals()` or `Ordered()`
+    expected:   the best theory available, a function from question to `Prediction`, or None
+    assumes, asserts: facts it spends and makes, as short words
+    remark:     what a reader should know beside the verdict
+    """
+
+    id: str
+    statement: str
+    source: str
+    status: Status | str
+    questions: Question | Iterable[Question]
+    prediction: PredictionLike
+    band: float | None = None
+    relation: Relation = field(default_factory=Equals)
+    expected: Callable[[Question], Prediction] | None = None
+    assumes: tuple[str, ...] = ()
+    asserts: tuple[str, ...] = ()
+    remark: str = ""
+
+    def __post_init__(self) -> None:
+        questions = self.questions
+        questions = (questions,) if isinstance(questions, Question) else tuple(questions)
+        if not questions:
+            raise ValueError(f"expected claim {self.id} to ask something, got none; add a question")
+        object.__setattr__(self, "questions", questions)
+        object.__setattr__(self, "status", Status(self.status))
+        if self.band is not None:
+            _finite(f"the band of claim {self.id}", self.band, positive=True)
+
+    def predict(self, question: Question) -> Prediction:
+        """The claim's own prediction for one of its questions.
+
+        Raises `ValueError` when it is not finite or does not fit the question's shape.
+        """
+        found = self.prediction
+        if isinstance(found, Formula):
+            remainder = np.broadcast_to(
+                found.remainder_at(**arguments(found, question)), question.shape
+            )
+            prediction = Prediction(at(found, question), remainder, found.status, found)
+        else:
+            if callable(found):
+                found = found(question)
+            if isinstance(found, Prediction):
+                prediction = found
+            else:
+                values = np.asarray(found, dtype=float)
+                prediction = Prediction(values, np.zeros(values.shape), Status(self.status))
+        self._require_fit(question, prediction.values)
+        return prediction
+
+    def _require_fit(self, question: Question, values: np.ndarray) -> None:
+        try:
+            filled = np.broadcast_to(values, question.shape)
+        except ValueError:
+            raise ValueError(
+                f"expected the prediction of {self.id} to have shape {question.shape}, "
+                f"got {values.shape}; change the prediction"
+            ) from None
+        if not np.isfinite(filled[question.judged]).all():
+            raise ValueError(
+                f"expected a finite prediction of {self.id} at {question.place}, got "
+                f"{filled[question.judged].min()} to {filled[question.judged].max()}; change it"
+            )
+
+    def region(self, question: Question, tolerance: float) -> Region:
+        """Where the measurement must lie, at the run's tolerance unless the claim has a band."""
+        return self.relation.region(question, self.predict(question), self.band or tolerance)
+
+    def expected_verdict(self, question: Question, tolerance: float) -> str | None:
+        """CONFIRMED or REFUTED where the best theory decides it, else None.
+
+        Inside the band by more than its own remainder everywhere: CONFIRMED.  Outside by more
+        than its remainder somewhere: REFUTED.
+        """
+        if self.expected is None:
+            return None
+        region = self.region(question, tolerance)
+        best = self.relation.region(question, self.expected(question), 0.0)
+        slack = (best.high - best.low) / 2
+        slack = np.where(np.isfinite(slack), slack, 0.0)
+        judged = region.statistic.judged
+        values, low, high = (x[judged] for x in (best.prediction, region.low, region.high))
+        slack = slack[judged]
+        if ((values - slack >= low) & (values + slack <= high)).all():
+            return "CONFIRMED"
+        if ((values + slack < low) | (values - slack > high)).any():
+            return "REFUTED"
+        return None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The sizes at which the papers' claims are asked; defaults are GPT-2 small's.
+
+    `n_heads` defaults to 12, or at other widths to its greatest common divisor with d_model.
+    Raises `ValueError` for impossible sizes.
+    """
+
+    d_model: int = 768
+    n_heads: int | None = None
+    n_ctx: int = 512
+    std: float = 0.02
+    token_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        _count("d_model", self.d_model)
+        _count("n_ctx", self.n_ctx)
+        _finite("std", self.std, positive=True)
+        _finite("token_std", self.token_std, positive=True)
+        if self.n_heads is None:
+            object.__setattr__(self, "n_heads", gcd(12, self.d_model))
+
+    def decoder(self, **changes: Any) -> Architecture:
+        """One pre-LN layer of these sizes."""
+        options: dict[str, Any] = {
+            "n_ctx": self.n_ctx,
+            "tokens": GaussianTokens(self.token_std),
+            "d_ff": self.d_model,
+            **changes,
+        }
+        assert self.n_heads is not None
+        return nope.decoder(self.d_model, self.n_heads, **options)
+
+    def question(self, place: str, observable: str, given: Any = None, **changes: Any) -> Question:
+        """A question about one layer of these sizes, weights N(0, std^2)."""
+        init = nope.init.normal(self.std)
+        return Question(self.decoder(**changes), init, place, observable, given)
+
+
+best_theory = partial(predict, fidelity="best")
+"""The default for `Claim.expected`: the kernel calculus at its best fidelity."""
+
+
+def claims(**sizes: Any) -> tuple[Claim, ...]:
+    """Every claim of `theory.papers` at the given sizes (see `Setting`), by paper."""
+    from theory.papers import chi2023, ours, zuo2025
+
+    setting = Setting(**sizes)
+    papers = (chi2023, zuo2025, ours)
+    return tuple(claim for paper in papers for claim in paper.claims(setting))
+
+
+def select(available: Iterable[Claim], patterns: Iterable[str]) -> tuple[Claim, ...]:
+    """The claims whose id matches one of the globs; all without a glob.
+
+    Raises `LookupError` naming a glob that matches nothing.
+    """
+    everything, wanted = tuple(available), tuple(patterns)
+    for pattern in wanted:
+        if not any(fnmatchcase(claim.id, pattern) for claim in everything):
+            known = ", ".join(claim.id for claim in everything)
+            raise LookupError(f"expected a claim id or glob, got {pattern!r}; there are {known}")
+    if not wanted:
+        return everything
+    return tuple(c for c in everything if any(fnmatchcase(c.id, p) for p in wanted))
+
+
+def as_mapping(available: Iterable[Claim]) -> Mapping[str, Claim]:
+    """The claims by id."""
+    return {claim.id: claim for claim in available}

@@ -1,0 +1,201 @@
+"""A formula: a SymPy expression in registered symbols that knows how true it is.
+
+LaTeX, MathML, Python source and the number form all come from the one expression; nothing
+is typed a second time.
+
+>>> import theory
+>>> f = theory.formula("attention.uniform_covariance")
+>>> f.expr
+d**2*sigma**4/Max(m, n)
+>>> f(d=768, sigma=0.02, m=[1, 2, 4], n=1).round(6)
+array([0.094372, 0.047186, 0.023593])
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import sympy as sp
+from sympy.printing.numpy import SciPyPrinter
+
+from theory import symbols
+
+if TYPE_CHECKING:
+    from theory.derivation import Derivation
+
+
+class Status(enum.StrEnum):
+    """How true a statement is."""
+
+    EXACT = "exact"
+    """A theorem for every finite size."""
+    LEADING_ORDER = "leading_order"
+    """True up to a remainder that the object computes."""
+    PRINTED = "printed"
+    """What a paper prints, as far as its text could be read; possibly wrong."""
+
+
+class LogGamma(sp.Function):  # type: ignore[misc]
+    """log Gamma, left alone: SymPy's own turns log Gamma(d/2), d whole, back into Gammas."""
+
+
+class NumberPrinter(SciPyPrinter):  # type: ignore[misc]
+    """SciPy code that broadcasts, and keeps inverse cosines of correlations real."""
+
+    def _fold(self, function: str, expr: sp.Expr) -> str:
+        printed = [self._print(argument) for argument in expr.args]
+        code = printed[0]
+        for argument in printed[1:]:
+            code = f"{function}({code}, {argument})"
+        return code
+
+    def _print_Max(self, expr: sp.Expr) -> str:  # noqa: N802 (SymPy's naming)
+        return self._fold("numpy.maximum", expr)
+
+    def _print_Min(self, expr: sp.Expr) -> str:  # noqa: N802
+        return self._fold("numpy.minimum", expr)
+
+    def _print_KroneckerDelta(self, expr: sp.Expr) -> str:  # noqa: N802
+        left, right = (self._print(argument) for argument in expr.args)
+        return f"numpy.equal({left}, {right}).astype(float)"
+
+    def _print_acos(self, expr: sp.Expr) -> str:
+        # A correlation of 1 arrives as 1 + 1e-16.
+        return f"numpy.arccos(numpy.clip({self._print(expr.args[0])}, -1.0, 1.0))"
+
+    def _print_LogGamma(self, expr: sp.Expr) -> str:  # noqa: N802
+        return f"{self._module_format('scipy.special.gammaln')}({self._print(expr.args[0])})"
+
+    def _print_hyper(self, expr: sp.Expr) -> str:
+        (left, right), (below,) = expr.ap, expr.bq
+        arguments = ", ".join(self._print(part) for part in (left, right, below, expr.argument))
+        return f"{self._module_format('scipy.special.hyp2f1')}({arguments})"
+
+
+def compile_number_form(expr: sp.Expr, arguments: tuple[sp.Symbol, ...]) -> Callable[..., Any]:
+    """The NumPy function of an expression.
+
+    Quotients of Gamma functions go through their logarithms: Gamma itself overflows at 172.
+    """
+    if expr.has(sp.gamma):
+        expr = expr.replace(sp.gamma, lambda argument: sp.exp(LogGamma(argument)))
+        expr = sp.powsimp(expr, combine="exp")
+    printer = NumberPrinter({"fully_qualified_modules": False, "inline": True})
+    compiled: Callable[..., Any] = sp.lambdify(
+        arguments, expr, modules=[{"numpy": np}, "scipy", "numpy"], printer=printer
+    )
+    return compiled
+
+
+@dataclass(frozen=True, eq=False)
+class Formula:
+    """A named expression.
+
+    `expr` is in the symbols of `theory.symbols`; `remainder` is an estimate of what a
+    leading-order formula drops, in the same symbols and units (0 for the others).  Calling
+    the formula with every symbol by name evaluates it on scalars or arrays.
+    """
+
+    name: str
+    expr: sp.Expr
+    statement: str
+    status: Status
+    source: str
+    left: str = ""
+    remainder: sp.Expr = field(default_factory=lambda: sp.Integer(0))
+    derivation: Derivation | None = None
+
+    @cached_property
+    def symbols(self) -> Mapping[str, symbols.Described]:
+        """Meaning, unit and domain of each free symbol, by name."""
+        free = sorted(self.expr.free_symbols | self.remainder.free_symbols, key=str)
+        return {symbol.name: symbols.describe(symbol) for symbol in free}
+
+    def latex(self) -> str:
+        """The equation in LaTeX."""
+        right: str = sp.latex(self.expr)
+        return f"{self.left} = {right}" if self.left else right
+
+    def mathml(self) -> str:
+        """The expression in presentation MathML."""
+        printed: str = sp.mathml(self.expr, printer="presentation")
+        return printed
+
+    def python(self) -> str:
+        """The expression as SymPy source that names its symbols."""
+        return str(self.expr)
+
+    def _repr_latex_(self) -> str:
+        return f"$\\displaystyle {self.latex()}$"
+
+    def subs(self, **values: Any) -> sp.Expr:
+        """The expression with symbols, by name or alias, replaced by numbers or expressions."""
+        return self.expr.subs({self._known(name): value for name, value in values.items()})
+
+    def _known(self, name: str) -> sp.Symbol:
+        try:
+            found = symbols.symbol(name)
+        except LookupError:
+            found = None
+        if found is None or found.name not in self.symbols:
+            wanted = ", ".join(self.symbols) or "none"
+            raise ValueError(f"expected symbols of {self.name}: {wanted}; got {name!r}; drop it")
+        return found
+
+    def __call__(self, **values: Any) -> Any:
+        """Evaluate on scalars or arrays that broadcast.
+
+        Raises `ValueError` naming the symbols that are unknown, missing, given twice or out
+        of their domain.
+        """
+        return self._evaluate(_number_form, values)
+
+    def remainder_at(self, **values: Any) -> Any:
+        """The remainder's estimate, for the same arguments as a call."""
+        return self._evaluate(_remainder_form, values)
+
+    def _evaluate(self, form: Callable[[Formula], Callable[..., Any]], values: Any) -> Any:
+        arrays: dict[str, Any] = {}
+        for name, value in values.items():
+            symbol = self._known(name)
+            if symbol.name in arrays:
+                raise ValueError(f"expected {symbol.name} once, got it again as {name!r}; drop one")
+            arrays[symbol.name] = _in_domain(symbol, value)
+        missing = [name for name in self.symbols if name not in arrays]
+        if missing:
+            raise ValueError(
+                f"expected values for {', '.join(self.symbols)}, got none for "
+                f"{', '.join(missing)}; add them"
+            )
+        result = form(self)(*(arrays[name] for name in self.symbols))
+        shape = np.broadcast_shapes(*(np.shape(array) for array in arrays.values()))
+        return np.broadcast_to(np.asarray(result, dtype=float), shape)[()]
+
+
+@cache
+def _number_form(formula: Formula) -> Callable[..., Any]:
+    arguments = tuple(entry.symbol for entry in formula.symbols.values())
+    return compile_number_form(formula.expr, arguments)
+
+
+@cache
+def _remainder_form(formula: Formula) -> Callable[..., Any]:
+    arguments = tuple(entry.symbol for entry in formula.symbols.values())
+    return compile_number_form(formula.remainder, arguments)
+
+
+def _in_domain(symbol: sp.Symbol, value: Any) -> Any:
+    domain = symbols.describe(symbol).domain
+    try:
+        array = np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        raise ValueError(f"expected numbers for {symbol.name}, got {value!r}; change it") from None
+    if not domain.contains(array):
+        shown = f"{value!r}" if array.size < 9 else f"an array of {array.size} numbers"
+        raise ValueError(f"expected {symbol.name} {domain.text}, got {shown}; change {symbol.name}")
+    return array

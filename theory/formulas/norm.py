@@ -1,0 +1,46 @@
+"""LayerNorm and RMSNorm of a Gaussian token: its coordinates are those of a point on a sphere."""
+
+from collections.abc import Iterator
+
+import sympy as sp
+
+from theory.formula import Formula, Status
+from theory.symbols import d, eps, sigma_x
+
+
+def formulas() -> Iterator[Formula]:
+    """Laws of a normalised i.i.d. Gaussian token."""
+    yield Formula(
+        "layernorm.second_moment",
+        sp.Integer(1),
+        "A LayerNorm output with eps 0 has |e|^2 = d exactly, so a coordinate's second moment is 1.",
+        Status.EXACT,
+        "chi2023, LayerNorm; definition",
+        r"\mathbb{E}\,e_j^2",
+    )
+    yield Formula(
+        "layernorm.kurtosis",
+        3 * (d - 1) / (d + 1),
+        "A coordinate of LN(x) is sqrt(d-1) times one of a uniform point of the sphere S^(d-2).",
+        Status.EXACT,
+        "derived here: E t^4 / (E t^2)^2 = 3n/(n+2) on a sphere in n = d-1 dimensions",
+        r"\mathbb{E}\,e_j^4 / (\mathbb{E}\,e_j^2)^2",
+    )
+    yield Formula(
+        "rmsnorm.kurtosis",
+        3 * d / (d + 2),
+        "A coordinate of RMSNorm(x) is sqrt(d) times one of a uniform point of the sphere S^(d-1).",
+        Status.EXACT,
+        "derived here: E t^4 / (E t^2)^2 = 3n/(n+2) on a sphere in n = d dimensions",
+        r"\mathbb{E}\,e_j^4 / (\mathbb{E}\,e_j^2)^2",
+    )
+    v = sigma_x**2 * (d - 1) / d
+    yield Formula(
+        "layernorm.shrinkage",
+        v / (v + eps),
+        "What eps takes from a LayerNorm output's second moment; v is the token's variance.",
+        Status.LEADING_ORDER,
+        "derived here; the remainder is Var(v) times half the second derivative",
+        r"\mathbb{E}\,e_j^2",
+        remainder=2 * v**2 * eps / ((d - 1) * (v + eps) ** 3),
+    )

@@ -1,0 +1,91 @@
+"""The residual stream after attention, and its LayerNorm under fixed weights."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import sympy as sp
+from scipy.special import gammaln
+
+from nope.architecture import decoder
+from theory.derivation import derive
+from theory.formula import Formula, Status
+from theory.formulas.attention import one_sigma
+from theory.symbols import M_j2, M_jj, d, m, n, sigma, sigma_x
+
+GAIN = d**2 * sigma**4
+
+
+def formulas() -> Iterator[Formula]:
+    """Kernel, cosine and coordinate variance of y = x + o."""
+    architecture = decoder(64, 4, n_ctx=8, d_ff=4, attention="uniform")
+    derivation = derive(architecture, "blocks.0.resid_mid")
+    kernel = one_sigma(derivation.result)
+    yield Formula(
+        "residual.kernel",
+        kernel,
+        "Stream and branch are uncorrelated: sigma_x^2 on the diagonal plus the output's kernel.",
+        Status.EXACT,
+        "chi2023, residual; exact given uniform attention",
+        r"\mathbb{E}\langle y_m, y_n\rangle/d",
+        derivation=derivation,
+    )
+    yield Formula(
+        "residual.second_moment",
+        kernel.subs(n, m),
+        "The variance of position m after the residual sum.",
+        Status.EXACT,
+        "chi2023, residual variance; exact given uniform attention",
+        r"\mathbb{E}|y_m|^2/d",
+        derivation=derivation,
+    )
+    normed = derive(architecture, "blocks.0.ln2")
+    yield Formula(
+        "residual.cosine",
+        one_sigma(normed.result),
+        "Adjacency dilutes once the positions outnumber kappa = d^2 sigma^4/sigma_x^2.",
+        Status.LEADING_ORDER,
+        "derived here",
+        r"\cos(y_m, y_n)",
+        remainder=one_sigma(3 / (2 * d) * normed.result * (1 - normed.result**2)),
+        derivation=normed,
+    )
+    total = m * sigma_x**2 + GAIN
+    yield Formula(
+        "residual.coordinate_variance_printed",
+        (m * sigma_x**2 + M_j2) / total,
+        "Variance over inputs of coordinate j of LN(y_m) at fixed weights, as recalled.",
+        Status.PRINTED,
+        "chi2023 Lemma 4, as recalled",
+        r"\mathrm{Var}\,\mathrm{LN}(y_m)_j",
+    )
+    yield Formula(
+        "residual.coordinate_variance",
+        (m * sigma_x**2 + 2 * sigma_x * M_jj + M_j2) / total,
+        "With the cross term: o_m contains e_m itself, so x_m and o_m are correlated.",
+        Status.LEADING_ORDER,
+        "chi2023 Lemma 4, corrected here",
+        r"\mathrm{Var}\,\mathrm{LN}(y_m)_j",
+    )
+
+
+def coordinate_variance(M: np.ndarray, token_std: float, position: int) -> np.ndarray:
+    """E LN(y_m)_j^2 for every j at fixed M = W_O W_V (columns act), to second order in 1/d.
+
+    y_m = x_m + M mean(e) with e = sqrt(d) P x/|P x| has the exact covariance
+    S = sx^2 I + (1/m) [d/(d-1) M P M' + sx c (P M' + M P)],  c = sqrt(d) E|Px| / (sx (d-1)),
+    and LN works on P y, of covariance T = P S P.  With Q = |P y|^2/d and tau = tr T / d, the
+    delta method for Gaussian y gives
+    E (P y)_j^2/Q = T_jj/tau (1 + 2 tr T^2/(d tau)^2) - 2 (T^2)_jj/(d tau^2).  Derived here.
+    """
+    width = len(M)
+    P = np.eye(width) - 1 / width
+    norm = np.sqrt(2) * np.exp(gammaln(width / 2) - gammaln((width - 1) / 2))
+    c = np.sqrt(width) * norm / (width - 1)
+    MP = M @ P
+    cross = token_std * c * (MP + MP.T)
+    S = token_std**2 * np.eye(width) + (width / (width - 1) * MP @ M.T + cross) / position
+    T = P @ S @ P
+    tau = np.trace(T) / width
+    squares = np.einsum("ij,ij->i", T, T)
+    second_order = 1 + 2 * squares.sum() / (width * tau) ** 2
+    return np.asarray(np.diag(T) / tau * second_order - 2 * squares / (width * tau**2))

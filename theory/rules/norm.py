@@ -1,0 +1,53 @@
+"""LayerNorm and RMSNorm."""
+
+from collections.abc import Mapping
+
+import sympy as sp
+
+from nope.architecture import Normalise
+from theory import symbols
+from theory.kernel import ZERO, K, Rule, Traits
+from theory.rules import rule_for
+from theory.symbols import d, m, n
+
+
+@rule_for.register
+def _(operation: Normalise, traits: Mapping[str, Traits]) -> Rule:
+    """N(m, n) = c K(m, n) / sqrt((c K(m, m) + eps)(c K(n, n) + eps)).
+
+    c = 1 - 1/d is what centring leaves of a variance (1 for RMSNorm).  With eps = 0 the
+    diagonal is exactly 1, and so is every i.i.d. token's kernel.  What is dropped off the
+    diagonal is E cos - cos E, (1 - rho^2)/(2d) per random map (`cosine.gaussian_pair`); with
+    eps > 0 the fluctuation of |x|^2 adds v^2 eps Var/(v + eps)^3, v = c K, by the second
+    derivative of v/(v + eps).
+    """
+    before = traits[operation.inputs[0]]
+    centring = operation.kind == "layernorm"
+    kept = 1 - 1 / d if centring else sp.Integer(1)
+    eps = symbols.eps if operation.eps else ZERO
+    rho = K(m, n) / sp.sqrt(K(m, m) * K(n, n))
+    remainder = sp.Abs(rho) * (1 - rho**2) * before.maps / (2 * d)
+    if operation.eps:
+        expression = kept * K(m, n) / sp.sqrt((kept * K(m, m) + eps) * (kept * K(n, n) + eps))
+        v = kept * K(m, m)
+        remainder += sp.Abs(rho) * 2 * before.maps / d * v * eps / (v + eps) ** 2
+    else:
+        expression = rho
+    kurtosis = None
+    if before.isotropic and not operation.eps:
+        kurtosis = 3 * (d - 1) / (d + 1) if centring else 3 * d / (d + 2)
+    return Rule(
+        name="LayerNorm" if centring else "RMSNorm",
+        statement="The kernel is divided by the root of its diagonal: a norm keeps the cosine.",
+        sources=operation.inputs,
+        expression=expression,
+        assumption="|x|^2/d near its mean (exact on the diagonal when eps = 0)",
+        source="derived here; chi2023, section on LayerNorm",
+        remainder=remainder,
+        traits=Traits(
+            maps=before.maps,
+            normalised=not operation.eps,
+            kurtosis=kurtosis,
+            norm_kurtosis=None if operation.eps else sp.Integer(1),
+        ),
+    )

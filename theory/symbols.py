@@ -1,0 +1,139 @@
+"""The one registry of symbols: one name, one meaning, one set of assumptions.
+
+Two SymPy symbols of one name and different assumptions are different, and a `subs` between
+them silently does nothing.  So every expression here is written in these objects, and every
+call, `subs` and command line goes by name.  `d_model`, `n_heads`, `n_ctx`, `d_head` are
+aliases of d, H, L, d_h.
+
+>>> symbol("n_heads")
+H
+>>> describe(symbol("sigma")).meaning
+'standard deviation of every weight matrix'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sympy as sp
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Where a symbol may lie; `contains` checks numbers and arrays elementwise."""
+
+    text: str
+    low: float
+    high: float
+    integer: bool = False
+    open_low: bool = False
+
+    def contains(self, values: Any) -> bool:
+        array = np.asarray(values, dtype=float)
+        inside = np.isfinite(array) & (array <= self.high)
+        inside &= (array > self.low) if self.open_low else (array >= self.low)
+        if self.integer:
+            inside &= array == np.round(array)
+        return bool(inside.all())
+
+    @property
+    def assumptions(self) -> Mapping[str, bool]:
+        if self.integer:
+            return {"integer": True, "positive": True}
+        if self.low >= 0:
+            return {"positive": True} if self.open_low else {"nonnegative": True}
+        return {"real": True}
+
+
+COUNT = Domain("positive integer", 1, np.inf, integer=True)
+POSITIVE = Domain("positive", 0, np.inf, open_low=True)
+NON_NEGATIVE = Domain("non-negative", 0, np.inf)
+CORRELATION = Domain("in [-1, 1]", -1, 1)
+REAL = Domain("real", -np.inf, np.inf)
+
+
+@dataclass(frozen=True)
+class Described:
+    """A symbol with its meaning, unit and domain."""
+
+    symbol: sp.Symbol
+    meaning: str
+    domain: Domain
+    unit: str = "1"
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return str(self.symbol.name)
+
+
+REGISTRY: dict[str, Described] = {}
+_ALIASES: dict[str, str] = {}
+
+
+def _register(
+    name: str, meaning: str, domain: Domain, unit: str = "1", aliases: tuple[str, ...] = ()
+) -> sp.Symbol:
+    created = sp.Symbol(name, **domain.assumptions)
+    REGISTRY[name] = Described(created, meaning, domain, unit, aliases)
+    _ALIASES.update({name: name, **dict.fromkeys(aliases, name)})
+    return created
+
+
+def symbol(name: str) -> sp.Symbol:
+    """The symbol called `name` or aliased so; `LookupError` names the known ones."""
+    if name not in _ALIASES:
+        known = ", ".join(sorted(_ALIASES))
+        raise LookupError(f"expected a registered symbol, got {name!r}; known: {known}")
+    return REGISTRY[_ALIASES[name]].symbol
+
+
+def describe(of: sp.Symbol) -> Described:
+    """What the registry says of a symbol; `LookupError` for one that is not registered."""
+    entry = REGISTRY.get(of.name)
+    if entry is None or entry.symbol != of:
+        raise LookupError(f"expected a registered symbol, got {of!r}; use theory.symbols.symbol")
+    return entry
+
+
+d = _register("d", "width of the residual stream", COUNT, "coordinates", ("d_model",))
+d_h = _register("d_h", "width of one head, d/H", COUNT, "coordinates", ("d_head",))
+d_ff = _register("d_ff", "hidden width of the MLP", COUNT, "coordinates")
+H = _register("H", "number of heads", COUNT, "heads", ("n_heads",))
+L = _register("L", "number of positions", COUNT, "positions", ("n_ctx",))
+m = _register("m", "a position, counted from 1", COUNT, "positions")
+n = _register("n", "another position, counted from 1", COUNT, "positions")
+i = _register("i", "a position summed over, or the last of a triple j < k < i", COUNT, "positions")
+j = _register("j", "a position summed over, or the first of a triple", COUNT, "positions")
+k = _register("k", "the middle position of a triple", COUNT, "positions")
+sigma = _register("sigma", "standard deviation of every weight matrix", NON_NEGATIVE)
+sigma_q = _register("sigma_q", "standard deviation of W_Q", NON_NEGATIVE)
+sigma_k = _register("sigma_k", "standard deviation of W_K", NON_NEGATIVE)
+sigma_v = _register("sigma_v", "standard deviation of W_V", NON_NEGATIVE)
+sigma_o = _register("sigma_o", "standard deviation of W_O", NON_NEGATIVE)
+sigma_1 = _register("sigma_1", "standard deviation of W_in of the MLP", NON_NEGATIVE)
+sigma_2 = _register("sigma_2", "standard deviation of W_out of the MLP", NON_NEGATIVE)
+sigma_b = _register("sigma_b", "standard deviation of the biases", NON_NEGATIVE)
+sigma_x = _register("sigma_x", "standard deviation of a token's coordinate", POSITIVE)
+eps = _register("epsilon", "what a norm adds to the variance", NON_NEGATIVE, aliases=("eps",))
+s = _register("s", "standard deviation of a scaled logit", NON_NEGATIVE)
+rho = _register("rho", "correlation of a pair of coordinates", CORRELATION)
+a = _register("a", "variance of the first of a Gaussian pair", NON_NEGATIVE)
+b = _register("b", "variance of the second of a Gaussian pair", NON_NEGATIVE)
+c = _register("c", "covariance of a Gaussian pair", REAL)
+d_eff = _register("d_eff", "effective width: d over the number of Gaussian maps", POSITIVE)
+M_jj = _register("M_jj", "diagonal entry (j, j) of M = W_O W_V", REAL)
+M_j2 = _register("M_j2", "sum over i of M_ji^2, M = W_O W_V", NON_NEGATIVE)
+
+WEIGHT_STD = {
+    "query": sigma_q,
+    "key": sigma_k,
+    "value": sigma_v,
+    "output": sigma_o,
+    "mlp_in": sigma_1,
+    "mlp_out": sigma_2,
+}
+"""The symbol for the standard deviation of a weight of each role."""
