@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
+import mpmath
 import numpy as np
+import scipy.special
 import sympy as sp
 from sympy.printing.numpy import SciPyPrinter
 
@@ -74,7 +76,21 @@ class NumberPrinter(SciPyPrinter):  # type: ignore[misc]
     def _print_hyper(self, expr: sp.Expr) -> str:
         (left, right), (below,) = expr.ap, expr.bq
         arguments = ", ".join(self._print(part) for part in (left, right, below, expr.argument))
-        return f"{self._module_format('scipy.special.hyp2f1')}({arguments})"
+        return f"hypergeometric({arguments})"
+
+
+def hypergeometric(a: Any, b: Any, c: Any, z: Any) -> Any:
+    """2F1(a, b; c; z): SciPy's, and mpmath's where SciPy overflows (z > 0.9 with c > 171)."""
+    arrays = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (a, b, c, z)))
+    with np.errstate(all="ignore"):
+        values = np.atleast_1d(scipy.special.hyp2f1(*arrays))
+    missing = ~np.isfinite(values)
+    points = zip(*(np.atleast_1d(array)[missing] for array in arrays), strict=True)
+    values[missing] = [float(mpmath.hyp2f1(*point)) for point in points]
+    return values.reshape(arrays[0].shape)
+
+
+_NAMESPACE = {"numpy": np, "hypergeometric": hypergeometric}
 
 
 def compile_number_form(expr: sp.Expr, arguments: tuple[sp.Symbol, ...]) -> Callable[..., Any]:
@@ -87,7 +103,7 @@ def compile_number_form(expr: sp.Expr, arguments: tuple[sp.Symbol, ...]) -> Call
         expr = sp.powsimp(expr, combine="exp")
     printer = NumberPrinter({"fully_qualified_modules": False, "inline": True})
     compiled: Callable[..., Any] = sp.lambdify(
-        arguments, expr, modules=[{"numpy": np}, "scipy", "numpy"], printer=printer
+        arguments, expr, modules=[_NAMESPACE, "scipy", "numpy"], printer=printer
     )
     return compiled
 

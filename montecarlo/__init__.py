@@ -1,0 +1,23 @@
+"""The measurement: real layers drawn, observed and decided on.  Never imports `theory`.
+
+>>> import nope, montecarlo
+>>> question = nope.Question(
+...     nope.decoder(16, 2, n_ctx=4), nope.init.normal(0.1), "blocks.0.attn.q", "second_moment"
+... )
+>>> measured = montecarlo.measure(question, draws=2000, seed=1)
+>>> measured.mean.shape, bool(abs(measured.mean - 0.16).max() < 0.01)
+((4,), True)
+"""
+
+from montecarlo.decide import Campaign, Decision, Measurement, Target, decide, measure
+from montecarlo.sampler import Conditions
+
+__all__ = [
+    "Campaign",
+    "Conditions",
+    "Decision",
+    "Measurement",
+    "Target",
+    "decide",
+    "measure",
+]

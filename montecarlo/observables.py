@@ -1,0 +1,195 @@
+"""Per-draw statistics of a place: what `nope.questions.OBSERVABLES` means, computed.
+
+Everything inside a draw (coordinates, heads, keys) is averaged here; the draw is the unit.
+A ratio of means keeps its K means as components, and `value` and `gradient` combine them.
+Values arrive as `nope.transformer` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nope.questions import Question, coordinate_grid
+
+Components = Callable[[Tensor, Question], Tensor]
+Combine = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """`components` maps a place to draws x K x entries; `value` and `gradient` act on K means."""
+
+    components: Components
+    value: Combine = lambda mean: mean[0]
+    gradient: Combine = np.ones_like
+
+
+def vectors(x: Tensor) -> Float[Tensor, "draws positions d"]:
+    """A vector place as one vector per position, heads concatenated."""
+    return x.transpose(1, 2).flatten(2) if x.ndim == 4 else x
+
+
+def is_pairs(question: Question) -> bool:
+    """Whether the place holds one number per query and key."""
+    return question.operation.axes == "pair"
+
+
+def power_mean(x: Tensor, question: Question, power: int) -> Float[Tensor, "draws positions"]:
+    """Mean of x^power at each position: over coordinates, or over heads and n <= m."""
+    if not is_pairs(question):
+        return vectors(x).pow(power).mean(-1)
+    length = x.shape[-1]
+    counts = torch.arange(1, length + 1, device=x.device, dtype=x.dtype)
+    return (x.tril().pow(power).sum(-1) / counts).mean(1)
+
+
+def second_moment(x: Tensor, question: Question) -> Tensor:
+    return power_mean(x, question, 2).unsqueeze(1)
+
+
+def mean_second_moment(x: Tensor, question: Question) -> Tensor:
+    rows = power_mean(x, question, 2).double()
+    counts = torch.ones(rows.shape[1], device="cpu", dtype=torch.float64)
+    weights = counts.cumsum(0) if is_pairs(question) else counts
+    return (rows.cpu() @ (weights / weights.sum()))[:, None, None]
+
+
+def coordinate_second_moment(x: Tensor, question: Question) -> Tensor:
+    rows, _ = question.shape
+    columns = torch.as_tensor(coordinate_grid(question.architecture.d_model), device=x.device)
+    return vectors(x)[:, :rows, columns].square().unsqueeze(1)
+
+
+def fourth_and_second(x: Tensor, question: Question) -> Tensor:
+    return torch.stack([power_mean(x, question, 4), power_mean(x, question, 2)], 1)
+
+
+def participation(x: Tensor, question: Question) -> Tensor:
+    return x.square().sum(-1).mean(1).unsqueeze(1)
+
+
+def on_grid(x: Tensor, question: Question) -> Float[Tensor, "draws grid d"]:
+    index = torch.as_tensor(question.grid - 1, device=x.device)
+    return vectors(x).index_select(1, index)
+
+
+def gram(x: Float[Tensor, "draws n d"]) -> Float[Tensor, "draws n n"]:
+    return x @ x.transpose(1, 2)
+
+
+def normalised(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def kernel(x: Tensor, question: Question) -> Tensor:
+    points = on_grid(x, question)
+    return gram(points).unsqueeze(1) / points.shape[-1]
+
+
+def kernel_and_diagonals(x: Tensor, question: Question) -> Tensor:
+    values = kernel(x, question)
+    diagonal = values.diagonal(dim1=-2, dim2=-1)
+    rows, columns = (diagonal.unsqueeze(axis).expand_as(values) for axis in (-1, -2))
+    return torch.cat([values, rows, columns], 1)
+
+
+def cosine(x: Tensor, question: Question) -> Tensor:
+    return gram(normalised(on_grid(x, question))).unsqueeze(1)
+
+
+def cosine_steps(x: Tensor, question: Question) -> Tensor:
+    return cosine(x, question).diff(dim=-1)
+
+
+def adjacent_cosine(x: Tensor, question: Question) -> Tensor:
+    units = normalised(vectors(x))
+    return (units[:, :-1] * units[:, 1:]).sum(-1).unsqueeze(1)
+
+
+def _scores(share: Tensor) -> Tensor:
+    return share.double().reshape(-1, 1, 1)
+
+
+def score_triples(x: Tensor, question: Question) -> Tensor:
+    """Share of j < k < i with C_ij < C_ik, strictly."""
+    length = x.shape[-2] if x.ndim == 3 else x.shape[2]
+    found = torch.stack([ascents(gram(normalised(draw[None]))[0]) for draw in vectors(x)])
+    return _scores(found / (length * (length - 1) * (length - 2) / 6))
+
+
+def ascents(rows: Float[Tensor, "n n"]) -> Tensor:
+    """The number of pairs j < k < i with rows[i, j] < rows[i, k], by merge counting.
+
+    Columns from the diagonal on are set to -inf, where they are never above anything.  At
+    each level blocks of doubling width are sorted and every right half is searched in its
+    sorted left half: n^2 log^2 n instead of n^3.
+    """
+    size = rows.shape[0]
+    below = torch.ones_like(rows, dtype=torch.bool).tril(-1)
+    width = 1 << max(size - 1, 1).bit_length()
+    values = rows.new_full((size, width), -torch.inf)
+    values[:, :size] = torch.where(below, rows, -torch.inf)
+    total = torch.zeros((), dtype=torch.int64, device=rows.device)
+    half = 1
+    while half < width:
+        left, right = values.view(size, -1, 2, half).unbind(2)
+        total += torch.searchsorted(left.sort(-1).values, right.contiguous()).sum()
+        half *= 2
+    return total
+
+
+def score_steps(x: Tensor, question: Question) -> Tensor:
+    """Share of neighbours (j, j+1), j+1 < i, with C_ij < C_i,j+1, strictly."""
+    length = question.architecture.n_ctx
+    cosines = gram(normalised(vectors(x)))
+    up = (cosines[:, :, :-1] < cosines[:, :, 1:]).tril(-2)
+    return _scores(up.sum((1, 2)) / ((length - 1) * (length - 2) / 2))
+
+
+def score_norm(x: Tensor, question: Question) -> Tensor:
+    """Share of pairs j < k with -|x_j| < -|x_k|, strictly."""
+    length = question.architecture.n_ctx
+    sizes = -vectors(x).norm(dim=-1)
+    falls = (sizes[:, :, None] < sizes[:, None, :]).triu(1)
+    return _scores(falls.sum((1, 2)) / (length * (length - 1) / 2))
+
+
+def _ratio_to_square(mean: np.ndarray) -> np.ndarray:
+    return np.asarray(mean[0] / mean[1] ** 2)
+
+
+def _ratio_to_square_gradient(mean: np.ndarray) -> np.ndarray:
+    return np.stack([1 / mean[1] ** 2, -2 * mean[0] / mean[1] ** 3])
+
+
+def _kernel_cosine(mean: np.ndarray) -> np.ndarray:
+    return np.asarray(mean[0] / np.sqrt(mean[1] * mean[2]))
+
+
+def _kernel_cosine_gradient(mean: np.ndarray) -> np.ndarray:
+    value, root = _kernel_cosine(mean), np.sqrt(mean[1] * mean[2])
+    return np.stack([1 / root, -value / (2 * mean[1]), -value / (2 * mean[2])])
+
+
+STATISTICS = {
+    "second_moment": Statistic(second_moment),
+    "mean_second_moment": Statistic(mean_second_moment),
+    "coordinate_second_moment": Statistic(coordinate_second_moment),
+    "kurtosis": Statistic(fourth_and_second, _ratio_to_square, _ratio_to_square_gradient),
+    "participation": Statistic(participation),
+    "kernel": Statistic(kernel),
+    "kernel_cosine": Statistic(kernel_and_diagonals, _kernel_cosine, _kernel_cosine_gradient),
+    "cosine": Statistic(cosine),
+    "cosine_steps": Statistic(cosine_steps),
+    "adjacent_cosine": Statistic(adjacent_cosine),
+    "adjacency_score": Statistic(score_triples),
+    "adjacency_score.steps": Statistic(score_steps),
+    "adjacency_score.norm": Statistic(score_norm),
+}
+"""How each observable of `nope.questions.OBSERVABLES` is measured."""

@@ -1,0 +1,147 @@
+"""Blocks of draws from the real layers.
+
+A block is a fixed number of draws computed in one fixed shape on one thread.  Its size is set
+by the architecture alone, not by what is asked of it or by how attention works, so softmax
+and uniform versions of a question share tokens and weights.  Every tensor has a stream keyed
+by (seed, block, path), so asking for more places changes no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from montecarlo.moments import Moments
+from montecarlo.observables import STATISTICS
+from nope import streams, transformer
+from nope.architecture import Architecture, Weight
+from nope.devices import DTYPES
+from nope.init import Scheme
+from nope.questions import Question, Weights, given_weights, stream_key
+
+BLOCK_ELEMENTS = 2**25
+"""A block's tensors together hold about this many numbers."""
+LARGEST_BLOCK = 2**11
+
+
+@dataclass(frozen=True)
+class Group:
+    """What questions must share to be answered by the same draws."""
+
+    architecture: Architecture
+    init: Scheme
+    given: Weights | None
+
+    @classmethod
+    def of(cls, question: Question) -> Group:
+        return cls(question.architecture, question.init, question.given)
+
+    @property
+    def elements(self) -> int:
+        """Roughly how many numbers one draw holds; blind to the kind of attention."""
+        d, length = self.architecture.d_model, self.architecture.n_ctx
+        weights = 0 if self.given else 4 * d * d
+        return 8 * length * d + self.architecture.n_heads * length**2 + weights
+
+    @property
+    def block_size(self) -> int:
+        """Draws per block: a power of two."""
+        fitting = max(1, BLOCK_ELEMENTS // self.elements)
+        return min(LARGEST_BLOCK, 1 << (fitting.bit_length() - 1))
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the bits of a block depend on besides the question: seed, device and dtype."""
+
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One torch thread and full-precision products: sums in one order, on any machine."""
+    threads, tf32 = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(tf32)
+
+
+def sample(
+    group: Group, places: Sequence[str], index: int, conditions: Conditions
+) -> dict[str, Tensor]:
+    """The values at `places` in block number `index`, as `nope.transformer` shapes them."""
+    device, dtype = torch.device(conditions.device), DTYPES[conditions.dtype]
+
+    def source(path: str) -> streams.TorchSource:
+        key = stream_key(conditions.seed, index, path)
+        return streams.TorchSource(streams.generator(key, device), device, dtype)
+
+    architecture, size = group.architecture, group.block_size
+    shape = (size, architecture.n_ctx, architecture.d_model)
+    tokens = source("embed").normal(shape, architecture.tokens.std)
+    weight: Callable[[Weight], Tensor]
+    if group.given is None:
+
+        def weight(asked: Weight) -> Tensor:
+            law = group.init.law(asked, architecture)
+            drawn: Tensor = law.draw(source(asked.path), (size, *asked.shape))
+            return drawn
+    else:
+        fixed: dict[str, np.ndarray] = {}
+        for place in places:
+            fixed |= _given(Question(architecture, group.init, place, "kernel", group.given))
+
+        def weight(asked: Weight) -> Tensor:
+            return torch.as_tensor(fixed[asked.path], device=device, dtype=dtype).unsqueeze(0)
+
+    return transformer.evaluate(architecture, places, tokens, weight)
+
+
+@lru_cache(maxsize=16)
+def _given(question: Question) -> dict[str, np.ndarray]:
+    return given_weights(question)
+
+
+def block(
+    group: Group, questions: Sequence[Question], index: int, conditions: Conditions
+) -> list[Moments]:
+    """The moments of every question's statistic over block number `index`.
+
+    Raises `FloatingPointError` naming the question and the draw where a statistic is not
+    finite.
+    """
+    with one_thread():
+        places = tuple(dict.fromkeys(question.place for question in questions))
+        values = sample(group, places, index, conditions)
+        found = []
+        for question in questions:
+            components = STATISTICS[question.observable].components
+            draws = components(values[question.place], question).double().cpu().numpy()
+            _require_finite(draws, question, index * group.block_size)
+            found.append(Moments.of(draws))
+    return found
+
+
+def _require_finite(draws: np.ndarray, question: Question, first: int) -> None:
+    judged = draws[:, :, question.judged]
+    if np.isfinite(judged).all():
+        return
+    draw, _, entry = (int(axis[0]) for axis in np.nonzero(~np.isfinite(judged)))
+    raise FloatingPointError(
+        f"expected finite {question.observable} at {question.place}, got {judged[draw, 0, entry]} "
+        f"in draw {first + draw} at position {question.positions[entry]}; "
+        "use float64 or a smaller std"
+    )
