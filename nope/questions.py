@@ -73,7 +73,14 @@ OBSERVABLES = {
         Observable(
             "kurtosis", "E x^4 / (E x^2)^2 over all randomness", ("vector", "pair"), "positions", "relative"
         ),
-        Observable("participation", "E sum_n a_mn^2", ("pair",), "positions", "relative"),
+        Observable(
+            "participation",
+            "E sum_n a_mn^2; at m = 1 it is 1 whatever the attention, and not judged",
+            ("pair",),
+            "positions",
+            "relative",
+            least=2,
+        ),
         Observable("kernel", "E <x_m, x_n> / d", ("vector",), "pairs", "kernel"),
         Observable(
             "kernel_cosine",
@@ -218,6 +225,8 @@ class Question:
                 return columns < rows
             case "steps":
                 return columns + 1 < rows
+            case "positions":
+                return np.arange(1, self.shape[0] + 1) >= self.kind.least
             case _:
                 return np.ones(self.shape, dtype=bool)
 

@@ -8,8 +8,8 @@ claim's own band.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from math import gcd
@@ -81,11 +81,11 @@ class Equals:
 
     def words(self, tolerance: float, scale: str) -> str:
         units = {
-            "relative": "of the prediction",
-            "kernel": "of sqrt(K_mm K_nn)",
-            "absolute": "absolute",
+            "relative": f"{tolerance:.2%} of the prediction",
+            "kernel": f"{tolerance:.2%} of sqrt(K_mm K_nn) of the prediction",
+            "absolute": f"{tolerance:.3g} of the prediction, in absolute terms",
         }
-        return f"equal to the prediction within {tolerance:.3g} {units[scale]}"
+        return f"within {units[scale]} (plus its remainder, if any)"
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Ordered:
         return Region(steps, values, low, np.full(steps.shape, np.inf), 0.0)
 
     def words(self, tolerance: float, scale: str) -> str:
-        return "greater at every step towards the query (no tolerance)"
+        return "rising at every step towards the query, with no tolerance"
 
 
 def scale_of(question: Question, values: np.ndarray) -> np.ndarray:
@@ -138,6 +138,7 @@ class Claim:
     expected:   the best theory available, a function from question to `Prediction`, or None
     assumes, asserts: facts it spends and makes, as short words
     remark:     what a reader should know beside the verdict
+    setting:    the sizes it was made for, None for a claim of a user's own
     """
 
     id: str
@@ -152,6 +153,7 @@ class Claim:
     assumes: tuple[str, ...] = ()
     asserts: tuple[str, ...] = ()
     remark: str = ""
+    setting: Setting | None = None
 
     def __post_init__(self) -> None:
         questions = self.questions
@@ -274,7 +276,8 @@ def claims(**sizes: Any) -> tuple[Claim, ...]:
 
     setting = Setting(**sizes)
     papers = (chi2023, zuo2025, ours)
-    return tuple(claim for paper in papers for claim in paper.claims(setting))
+    found = (claim for paper in papers for claim in paper.claims(setting))
+    return tuple(replace(claim, setting=setting) for claim in found)
 
 
 def select(available: Iterable[Claim], patterns: Iterable[str]) -> tuple[Claim, ...]:
@@ -290,8 +293,3 @@ def select(available: Iterable[Claim], patterns: Iterable[str]) -> tuple[Claim, 
     if not wanted:
         return everything
     return tuple(c for c in everything if any(fnmatchcase(c.id, p) for p in wanted))
-
-
-def as_mapping(available: Iterable[Claim]) -> Mapping[str, Claim]:
-    """The claims by id."""
-    return {claim.id: claim for claim in available}

@@ -144,7 +144,7 @@ class Formula:
 
     def python(self) -> str:
         """The expression as SymPy source that names its symbols."""
-        return str(self.expr)
+        return str(sp.sstr(self.expr, sympy_integers=True))
 
     def _repr_latex_(self) -> str:
         return f"$\\displaystyle {self.latex()}$"

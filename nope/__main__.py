@@ -1,0 +1,5 @@
+"""`python -m nope` is the command `nope`."""
+
+from reports.cli import main
+
+main()

@@ -1,0 +1,373 @@
+"""The command `nope`: verify claims, show formulas, write reports."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import theory
+from montecarlo import Campaign, Conditions
+from montecarlo.engines import default_workers
+from nope.devices import resolve_device
+from reports import grids, suite
+from reports.verdicts import REFUTED, Run, Verdict
+from theory.claims import Claim, select
+
+INTERRUPTED = 130
+CURVE_ROWS = 8
+COLOURS = {"CONFIRMED": "green", "REFUTED": "red", "UNDECIDED": "yellow"}
+
+app = typer.Typer(
+    help="Theory verification for causal transformers without positional encodings.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+formula_app = typer.Typer(help="Formulas: list them, show one.", no_args_is_help=True)
+app.add_typer(formula_app, name="formula")
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
+def main() -> None:
+    """The entry point; a refusal is one line on standard error and exit status 2."""
+    try:
+        app()
+    except (ValueError, LookupError, NotImplementedError, OSError, FloatingPointError) as error:
+        message = error.args[0] if isinstance(error, LookupError) and error.args else error
+        print(f"nope: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With --version: everything.")] = False,
+) -> None:
+    if version:
+        found = suite.versions()
+        print(f"nope-theory {found['nope-theory']}")
+        if verbose:
+            for name, value in {**found, "commit": suite.commit()}.items():
+                print(f"{name} {value}")
+        raise typer.Exit
+
+
+# ------------------------------------------------------------------------------ verify
+
+
+@app.command()
+def verify(
+    claims: Annotated[list[str] | None, typer.Argument(metavar="[CLAIM-GLOB]...")] = None,
+    error_rate: Annotated[float, typer.Option(help="Of the whole run.")] = suite.ERROR_RATE,
+    tolerance: Annotated[float, typer.Option(help="Half-width of a band.")] = suite.TOLERANCE,
+    draws: Annotated[int | None, typer.Option(help="At most, per question; deterministic.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds; not deterministic. 600 without --draws.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to save the run in.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the JSON.")] = None,
+    d_model: Annotated[int, typer.Option()] = 768,
+    n_heads: Annotated[
+        int | None, typer.Option(help="12, or its greatest common divisor with d_model.")
+    ] = None,
+    n_ctx: Annotated[int, typer.Option()] = 512,
+    std: Annotated[float, typer.Option(help="Of every weight.")] = 0.02,
+    token_std: Annotated[float, typer.Option(help="Of a token's coordinate.")] = 0.02,
+    list_claims: Annotated[bool, typer.Option("--list", help="List claims and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Estimate draws, memory, seconds.")] = False,
+) -> None:
+    """Hold claims against real layers.
+
+    Exit status: 0 when no verdict is opposite to the expected one, 1 when one is, 3 when one
+    is UNDECIDED, 2 on bad usage, 130 after Ctrl-C.
+    """
+    sizes = {"d_model": d_model, "n_heads": n_heads, "n_ctx": n_ctx, "std": std, "token_std": token_std}
+    chosen = select(theory.claims(**sizes), claims or ())
+    if list_claims:
+        _print_claims(chosen, tolerance)
+        return
+    if dry_run:
+        conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
+        _print_dry_run(chosen, tolerance, error_rate, conditions, workers)
+        return
+    with interruptible() as interrupted, progress_bar(len(chosen)) as progress:
+        run = suite.verify(
+            chosen,
+            error_rate,
+            budget,
+            seed,
+            out,
+            tolerance=tolerance,
+            draws=draws,
+            device=device,
+            dtype=dtype,
+            workers=workers,
+            stop=lambda: interrupted.flag,
+            progress=progress,
+        )
+    if json_file is not None:
+        json_file.write_text(run.to_json(), encoding="utf-8")
+    print_run(run, out)
+    raise typer.Exit(INTERRUPTED if interrupted.flag else run.exit_status)
+
+
+@dataclass
+class Interrupted:
+    """Whether Ctrl-C was pressed."""
+
+    flag: bool = False
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupted]:
+    """The first Ctrl-C asks to stop at the end of a block; a second one stops at once."""
+    state = Interrupted()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if state.flag:
+            raise KeyboardInterrupt
+        state.flag = True
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield state
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def progress_bar(claims: int) -> Iterator[Callable[[Campaign], None]]:
+    """A bar of decided questions on standard error, where someone is looking."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("drawing"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} decided, {task.fields[draws]} draws"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("verify", total=claims, draws=0)
+
+        def update(campaign: Campaign) -> None:
+            total = len(campaign.targets)
+            draws = sum(stream.draws for stream in campaign.streams)
+            bar.update(task, completed=len(campaign.decisions), total=total, draws=draws)
+
+        yield update
+
+
+def _print_claims(claims: tuple[Claim, ...], tolerance: float) -> None:
+    table = Table("claim", "status", "band", "statement", "source")
+    for claim in claims:
+        band = f"{claim.band or tolerance:.3g}"
+        band = "none" if claim.relation.name == "ordered" else band
+        table.add_row(claim.id, str(claim.status), band, claim.statement, claim.source)
+    _console().print(table)
+
+
+def _print_dry_run(
+    claims: tuple[Claim, ...],
+    tolerance: float,
+    error_rate: float,
+    conditions: Conditions,
+    workers: int | None,
+) -> None:
+    count = workers or default_workers(conditions.device)
+    cases = suite.cases_of(claims, tolerance)
+    estimates = {id(e.case): e for e in suite.dry_run(cases, conditions, error_rate, count)}
+    table = Table("claim", "judged at", "band", "expected", "draws", "seconds", "MiB")
+    total = 0.0
+    for case in cases:
+        place = f"{case.question.observable} at {case.question.place}"
+        estimate = estimates.get(id(case))
+        if estimate is None or case.region is None:
+            table.add_row(case.claim.id, place, case.without, case.reason, "", "", "")
+            continue
+        total += estimate.seconds
+        numbers = (f"{estimate.draws:.0f}", f"{estimate.seconds:.1f}", f"{estimate.megabytes:.0f}")
+        band = f"{case.region.width:.3g}"
+        table.add_row(case.claim.id, place, band, case.expected or "-", *numbers)
+    console = _console()
+    console.print(table)
+    console.print(
+        f"Estimated from {suite.PILOT_DRAWS} draws or one block each, on {count} workers; at most "
+        f"{total:.0f} s together, less where claims share draws."
+    )
+
+
+def print_run(run: Run, out: Path | None) -> None:
+    """The table of verdicts, the measured curves of what was refuted, and what to do next."""
+    console = _console()
+    table = Table("claim", "verdict", "expected", "worst at", "theory", "measured", "interval", "draws", "s")
+    for verdict in run:
+        colour = COLOURS.get(verdict.verdict, "dim")
+        name = f"{verdict.claim}\n[dim]{verdict.question['observable']} at {verdict.question['place']}[/]"
+        status = f"[{colour}]{verdict.verdict}[/]" + (" (!)" if verdict.surprising else "")
+        cells = _worst_cells(verdict)
+        table.add_row(name, status, verdict.expected or "-", *cells)
+    console.print(table)
+    for verdict in run:
+        if verdict.verdict == REFUTED and len(verdict.positions) > 1:
+            console.print(_curve(verdict))
+    for verdict in run:
+        if verdict.reason or verdict.verdict == "UNDECIDED" or verdict.surprising:
+            console.print(f"{verdict.name}: {verdict.words}", highlight=False)
+    info = run.info
+    console.print(
+        f"Error rate of the run {info['error_rate']:g}, tolerance {info['tolerance']:g}, seed "
+        f"{info['seed']}, {info['device']} {info['dtype']}, {info['seconds']:.0f} s."
+        + (" Interrupted." if info["interrupted"] else ""),
+        highlight=False,
+    )
+    if out is not None:
+        console.print(f"Saved in {out}; nope report {out} writes the report.", highlight=False)
+
+
+def _worst_cells(verdict: Verdict) -> tuple[str, ...]:
+    worst = verdict.worst
+    if worst is None:
+        return ("-", "-", "-", "-", str(verdict.draws), f"{verdict.seconds:.1f}")
+    return (
+        suite.position_name(worst["position"]),
+        f"{worst['prediction']:.4g}",
+        f"{worst['estimate']:.4g}",
+        f"{_end(worst['low'])} to {_end(worst['high'])}",
+        str(verdict.draws),
+        f"{verdict.seconds:.1f}",
+    )
+
+
+def _end(value: float | None) -> str:
+    return "open" if value is None or not np.isfinite(value) else f"{value:.4g}"
+
+
+def _curve(verdict: Verdict) -> Table:
+    """A refuted curve at a few positions: theory, measurement and their ratio."""
+    table = Table(title=f"{verdict.claim}, measured against theory", title_justify="left")
+    keep = [k for k, label in enumerate(verdict.positions) if not isinstance(label, list)]
+    keep = keep or _neighbours(verdict.positions)
+    chosen = [keep[k] for k in np.unique(np.geomspace(1, len(keep), CURVE_ROWS).astype(int) - 1)]
+    table.add_column("position")
+    for k in chosen:
+        label = verdict.positions[k]
+        table.add_column(str(label if not isinstance(label, list) else tuple(label)), justify="right")
+    rows = {"theory": verdict.prediction, "measured": verdict.estimate}
+    for name, values in rows.items():
+        table.add_row(name, *(f"{values[k]:.4g}" for k in chosen))
+    ratios = []
+    for k in chosen:
+        top, bottom = verdict.estimate[k], verdict.prediction[k]
+        ratios.append(f"{top / bottom:.3f}" if top is not None and bottom else "-")
+    table.add_row("ratio", *ratios)
+    return table
+
+
+def _neighbours(positions: list[Any]) -> list[int]:
+    """Of all pairs, those next to the diagonal of the grid."""
+    last: dict[Any, int] = {}
+    for k, (row, column) in enumerate(positions):
+        if row not in last or positions[last[row]][1] < column:
+            last[row] = k
+    return list(last.values())
+
+
+# ---------------------------------------------------------------------------- formulas
+
+
+@formula_app.command("list")
+def formula_list() -> None:
+    """Every formula: name, status, symbols, statement."""
+    table = Table("formula", "status", "symbols", "statement")
+    for found in theory.formulas().values():
+        table.add_row(found.name, str(found.status), " ".join(found.symbols), found.statement)
+    _console().print(table)
+
+
+@formula_app.command("show")
+def formula_show(
+    name: str,
+    latex: Annotated[bool, typer.Option("--latex", help="Only the LaTeX.")] = False,
+    python: Annotated[bool, typer.Option("--python", help="Only the SymPy source.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
+    at: Annotated[
+        str | None, typer.Option(help="Evaluate: d=768,sigma=0.02,m=1:8 (both ends included).")
+    ] = None,
+) -> None:
+    """One formula, and its values at the symbols given."""
+    if latex + python + as_json > 1:
+        raise ValueError("expected one of --latex, --python, --json, got several; drop the others")
+    found = theory.formula(name)
+    values = None if at is None else grids.evaluate(found, grids.parse(at))
+    if as_json:
+        print(json.dumps(_formula_json(found, values), indent=1, allow_nan=False))
+    elif latex or python:
+        print(found.latex() if latex else found.python())
+    else:
+        _print_formula(found)
+    if values is not None and not as_json:
+        print(values.to_string(index=False))
+
+
+def _formula_json(found: theory.Formula, values: Any) -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "statement": found.statement,
+        "status": str(found.status),
+        "source": found.source,
+        "latex": found.latex(),
+        "python": found.python(),
+        "symbols": {
+            key: {"meaning": entry.meaning, "unit": entry.unit, "domain": entry.domain.text}
+            for key, entry in found.symbols.items()
+        },
+        "values": None if values is None else json.loads(values.to_json(orient="records")),
+    }
+
+
+def _print_formula(found: theory.Formula) -> None:
+    print(f"{found.name} ({str(found.status).replace('_', ' ')}; {found.source})")
+    print(found.statement)
+    print(f"  {found.python()}")
+    if found.status is theory.Status.LEADING_ORDER:
+        print(f"  remainder about {found.remainder}")
+    for key, entry in found.symbols.items():
+        names = ", ".join((key, *entry.aliases))
+        print(f"  {names}: {entry.meaning} [{entry.unit}], {entry.domain.text}")
+
+
+# ----------------------------------------------------------------------------- reports
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(help="A directory that nope verify --out made.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write report.html.")] = None,
+) -> None:
+    """Write one self-contained HTML file about a run."""
+    from reports import document
+
+    run = Run.load(run_dir)
+    folder = out or (run_dir if run_dir.is_dir() else run_dir.parent)
+    print(document.write(run, folder))
+
+

@@ -1,0 +1,385 @@
+"""Claims against measurements: the one place where both routes meet.
+
+`verify` splits the run's error rate over what is judged, lets `montecarlo.Campaign` decide
+every region, and writes each verdict down with what a reader needs to believe it.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sympy as sp
+
+from montecarlo import Campaign, Conditions, Decision, Target, confidence
+from montecarlo.engines import default_workers
+from montecarlo.sampler import Group
+from nope.devices import resolve_device
+from nope.questions import Question
+from reports.verdicts import NOT_APPLICABLE, UNDECIDED, UNINFORMATIVE, Run, Verdict
+from theory.claims import UNINFORMATIVE_BAND, Claim, Region, scale_of
+from theory.claims import claims as all_claims
+from theory.derivation import derive
+from theory.formula import Formula
+
+ERROR_RATE = 1e-3
+TOLERANCE = 0.025
+BUDGET = 600.0
+PILOT_DRAWS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One question of a claim, with the region it is held against or why there is none."""
+
+    claim: Claim
+    question: Question
+    region: Region | None
+    tolerance: float
+    expected: str | None = None
+    reason: str = ""
+    without: str = NOT_APPLICABLE
+
+    @classmethod
+    def of(cls, claim: Claim, question: Question, tolerance: float) -> Case:
+        """Derive what the claim asserts of this question."""
+        statistic = claim.relation.statistic(question)
+        reason = question.reason_not_applicable or statistic.reason_not_applicable
+        if reason:
+            return cls(claim, question, None, tolerance, reason=reason)
+        region = claim.region(question, tolerance)
+        expected = claim.expected_verdict(question, tolerance)
+        if region.width > UNINFORMATIVE_BAND:
+            reason = (
+                f"the band, remainder included, is {region.width:.1%} wide and more than "
+                f"{UNINFORMATIVE_BAND:.0%} counts as no knowledge"
+            )
+            return cls(claim, question, None, tolerance, expected, reason, UNINFORMATIVE)
+        return cls(claim, question, region, tolerance, expected)
+
+
+def cases_of(claims: Iterable[Claim], tolerance: float) -> list[Case]:
+    """Every question of every claim.  Raises `ValueError` for a tolerance that is not positive."""
+    if not 0 < tolerance < np.inf:
+        raise ValueError(f"expected tolerance above 0, got {tolerance}; change tolerance")
+    return [Case.of(claim, question, tolerance) for claim in claims for question in claim.questions]
+
+
+def targets_of(cases: Sequence[Case], error_rate: float) -> list[Target]:
+    """Targets for the cases that are judged, each with its share of the run's error rate."""
+    if not 0 < error_rate < 1:
+        raise ValueError(f"expected error_rate between 0 and 1, got {error_rate}; change it")
+    regions = [case.region for case in cases if case.region is not None]
+    share = error_rate / 2 / max(1, len(regions))
+    return [Target(region.statistic, region.low, region.high, share, share) for region in regions]
+
+
+def verify(
+    claims: Claim | Iterable[Claim] | None = None,
+    error_rate: float = ERROR_RATE,
+    budget: float | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+    draws: int | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+    workers: int | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[Campaign], None] = lambda campaign: None,
+) -> Run:
+    """Hold claims against real layers.
+
+    claims:     one or several; all of `theory.claims()` when None
+    error_rate: probability of any wrong CONFIRMED or REFUTED in the run, half each
+    budget:     seconds to spend; 600 unless `draws` is given
+    draws:      draws per question at most, rounded up to whole blocks
+    tolerance:  half-width of a band before its remainder, for claims without one of their own
+    out:        directory to save the run in
+
+    The evidence behind a decided verdict is the same bits for any `workers` and `budget`.
+    Raises `ValueError` for arguments or predictions that cannot be.
+    """
+    begin = time.perf_counter()
+    chosen = all_claims() if claims is None else (claims,) if isinstance(claims, Claim) else tuple(claims)
+    cases = cases_of(chosen, tolerance)
+    conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
+    if budget is None and draws is None:
+        budget = BUDGET
+    campaign = Campaign(targets_of(cases, error_rate), conditions, draws, budget, stop, progress)
+    decisions = iter(campaign.run(workers or default_workers(conditions.device)))
+    verdicts = tuple(
+        _judged(case, case.region, next(decisions)) if case.region else _not_judged(case)
+        for case in cases
+    )
+    options = {
+        "error_rate": error_rate,
+        "tolerance": tolerance,
+        "draws": draws,
+        "budget": budget,
+        "seed": seed,
+        "device": conditions.device,
+        "dtype": dtype,
+    }
+    info = {
+        **options,
+        "interrupted": stop(),
+        "seconds": time.perf_counter() - begin,
+        "versions": versions(),
+        "commit": commit(),
+        "arguments": _arguments(chosen, options),
+    }
+    run = Run(info, verdicts)
+    if out is not None:
+        run.save(out)
+    return run
+
+
+# ------------------------------------------------------------------------ one verdict
+
+
+def describe(question: Question) -> dict[str, Any]:
+    """A question as plain data."""
+    given = f"Weights(seed={question.given.seed})" if question.given else None
+    return {
+        "place": question.place,
+        "observable": question.observable,
+        "given": given,
+        "init": repr(question.init),
+        "architecture": repr(question.architecture),
+        "d_model": question.architecture.d_model,
+        "n_ctx": question.architecture.n_ctx,
+    }
+
+
+def _common(case: Case) -> dict[str, Any]:
+    claim = case.claim
+    return {
+        "claim": claim.id,
+        "statement": claim.statement,
+        "source": claim.source,
+        "status": str(claim.status),
+        "expected": case.expected,
+        "remark": claim.remark,
+        "relation": claim.relation.name,
+        "reason": case.reason,
+    }
+
+
+def _not_judged(case: Case) -> Verdict:
+    words = f"{case.claim.statement} {case.without}: {case.reason}."
+    return Verdict(verdict=case.without, words=words, question=describe(case.question), **_common(case))
+
+
+def _judged(case: Case, region: Region, decision: Decision) -> Verdict:
+    question, claim = region.statistic, case.claim
+    judged = question.judged
+    prediction = claim.predict(case.question)
+    measured = decision.measurement
+    estimate = measured.mean if measured else np.full(question.shape, np.nan)
+    worst = _worst(region, estimate, decision)
+    return Verdict(
+        verdict=decision.verdict,
+        words=_words(case, decision, worst),
+        question=describe(question),
+        positions=question.positions,
+        shape=list(question.shape),
+        prediction=_list(region.prediction, judged),
+        estimate=_list(estimate, judged),
+        low=_list(decision.low, judged),
+        high=_list(decision.high, judged),
+        band={"low": _list(region.low, judged), "high": _list(region.high, judged)},
+        worst=worst,
+        draws=measured.draws if measured else 0,
+        detectable=_detectable(region, decision),
+        error_rate=2 * decision.target.confirm_error,
+        seconds=decision.seconds,
+        formula=prediction.formula.latex() if isinstance(prediction.formula, Formula) else None,
+        derivation=derivation_of(question),
+        **_common(case),
+    )
+
+
+def _list(values: np.ndarray, judged: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in values[judged]]
+
+
+def _worst(region: Region, estimate: np.ndarray, decision: Decision) -> dict[str, Any] | None:
+    """The position furthest out of its band, in units of its half-width.
+
+    A one-sided band has no width; there the interval's own is the unit.
+    """
+    question, judged = region.statistic, region.statistic.judged
+    if decision.measurement is None or not judged.any():
+        return None
+    columns = {
+        "prediction": region.prediction[judged],
+        "estimate": estimate[judged],
+        "low": decision.low[judged],
+        "high": decision.high[judged],
+    }
+    low, high, mean = region.low[judged], region.high[judged], columns["estimate"]
+    unit = np.where(np.isfinite(high - low), (high - low) / 2, columns["high"] - mean)
+    room = np.minimum(mean - low, high - mean)
+    inside = np.divide(room, unit, out=room.copy(), where=unit > 0)
+    k = int(np.argmin(inside))
+    found = {name: float(column[k]) for name, column in columns.items()}
+    ratio = found["estimate"] / found["prediction"] if found["prediction"] else None
+    return {"position": question.positions[k], **found, "ratio": ratio}
+
+
+def _detectable(region: Region, decision: Decision) -> float | None:
+    """The smallest error common to all positions, over their scale, that would be refuted."""
+    if decision.measurement is None:
+        return None
+    judged = region.statistic.judged
+    half = decision.target.simultaneous(decision.measurement)[judged]
+    band = (region.high - region.low)[judged] / 2
+    scale = scale_of(region.statistic, region.prediction)[judged]
+    total = half + np.where(np.isfinite(band), band, 0.0)
+    relative = np.divide(total, scale, out=np.full(total.shape, np.inf), where=scale > 0)
+    return float(relative.min(initial=np.inf))
+
+
+def _words(case: Case, decision: Decision, worst: dict[str, Any] | None) -> str:
+    """The verdict as a sentence."""
+    claim, target = case.claim, decision.target
+    kind = case.question.kind
+    rule = claim.relation.words(claim.band or case.tolerance, kind.scale)
+    if decision.measurement is None or worst is None:
+        return f"{claim.statement} {UNDECIDED}: nothing was drawn."
+    where = f"at {position_name(worst['position'])}"
+    found = f"{worst['estimate']:.4g} [{worst['low']:.4g}, {worst['high']:.4g}]"
+    draws = f"{decision.measurement.draws} draws"
+    if decision.verdict == "CONFIRMED":
+        every = f"all {target.entries} entries are" if target.entries > 1 else "it is"
+        return f"{claim.statement} CONFIRMED: {every} {rule} ({draws})."
+    if decision.verdict == "REFUTED":
+        return (
+            f"{claim.statement} REFUTED: {where} it is {found}, predicted "
+            f"{worst['prediction']:.4g}, and not {rule} ({draws})."
+        )
+    return (
+        f"{claim.statement} UNDECIDED: the draws ended ({draws}) with {found} {where}, "
+        f"predicted {worst['prediction']:.4g}; more draws would decide whether it is {rule}."
+    )
+
+
+def position_name(position: Any) -> str:
+    """A judged entry's label in words."""
+    if isinstance(position, list | tuple):
+        return f"({', '.join(map(str, position))})"
+    return "all positions" if position == "all" else f"m = {position}"
+
+
+def derivation_of(question: Question) -> list[dict[str, str]]:
+    """The kernel's derivation at a question's place, in LaTeX."""
+    derivation = derive(question.architecture, question.place)
+    return [
+        {
+            "place": step.place,
+            "rule": step.rule.name,
+            "statement": step.rule.statement,
+            "before": sp.latex(step.before),
+            "after": sp.latex(step.after),
+            "assumption": step.rule.assumption,
+            "source": step.rule.source,
+            "exact": "yes" if step.rule.remainder == 0 else "leading order",
+        }
+        for step in derivation.steps
+    ]
+
+
+# ------------------------------------------------------------------- how a run was made
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything a number may depend on."""
+    packages = ("nope-theory", "torch", "numpy", "scipy", "sympy")
+    found = {package: metadata.version(package) for package in packages}
+    return {**found, "python": platform.python_version(), "machine": platform.machine()}
+
+
+def commit() -> str | None:
+    """The git commit of the source, `+` marking uncommitted changes; None without one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _arguments(claims: Sequence[Claim], options: dict[str, Any]) -> dict[str, Any] | None:
+    """What `nope verify` needs to ask the same; None for claims a command line cannot name."""
+    settings = {claim.setting for claim in claims}
+    if len(settings) != 1 or None in settings:
+        return None
+    (setting,) = settings
+    assert setting is not None
+    chosen = [claim.id for claim in claims]
+    if {claim.id for claim in all_claims(**asdict(setting))} == set(chosen):
+        chosen = []
+    return {"claims": chosen, "options": {**asdict(setting), **options}}
+
+
+# -------------------------------------------------------------------------- a dry run
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What deciding one case would take, judged from a pilot."""
+
+    case: Case
+    draws: float
+    seconds: float
+    megabytes: float
+
+
+def dry_run(
+    cases: Sequence[Case], conditions: Conditions, error_rate: float, workers: int
+) -> list[Estimate]:
+    """Estimated draws, seconds of this machine and memory per case, from a pilot of a few draws.
+
+    A case is decided about when its interval, at the variance the pilot saw, fits into the
+    room between the pilot's estimate and the band's nearer edge.
+    """
+    judged = [case for case in cases if case.region is not None]
+    targets = targets_of(cases, error_rate)
+    pilot = Campaign(targets, conditions, draws=PILOT_DRAWS).run(1)
+    found = []
+    for case, target, decision in zip(judged, targets, pilot, strict=True):
+        measured = decision.measurement
+        assert measured is not None
+        error = np.where(np.isfinite(measured.standard_error), measured.standard_error, 0.0)
+        spread = error * np.sqrt(measured.draws)
+        low, high = target.low, target.high
+        middle = np.clip(measured.mean, low, high)
+        outside = np.abs(measured.mean - middle)
+        room = np.where(outside > 0, outside, np.minimum(measured.mean - low, high - measured.mean))
+        z = confidence.boundary(confidence.TUNED_FOR, target.refute_error / target.entries)
+        bounded = np.isfinite(low) | np.isfinite(high)
+        needed = ((z * spread / np.where(room > 0, room, np.inf)) ** 2)[bounded]
+        refuting = (outside > z * error)[bounded]
+        draws = float(needed[refuting].min() if refuting.any() else needed.max(initial=0.0))
+        draws = max(confidence.FIRST_LOOK, draws)
+        group = Group.of(target.question)
+        each = decision.seconds / measured.draws
+        size = np.dtype(conditions.dtype).itemsize
+        memory = group.elements * group.block_size * size * workers / 2**20
+        found.append(Estimate(case, draws, draws * each / workers, memory))
+    return found
