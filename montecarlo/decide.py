@@ -25,6 +25,8 @@ from nope.questions import Question
 
 Verdict = Literal["CONFIRMED", "REFUTED", "UNDECIDED"]
 
+Found = Moments | FloatingPointError
+
 RESOLUTION = {"float32": 2.0**-23, "float64": 2.0**-52}
 DEFAULT_DRAWS = 100_000
 
@@ -100,12 +102,16 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """The verdict on a target, with the measurement at the moment it fell."""
+    """The verdict on a target, with the measurement at the moment it fell.
+
+    `failure` is why a statistic that was not finite ended it.
+    """
 
     target: Target
     verdict: Verdict
     measurement: Measurement | None
     seconds: float
+    failure: FloatingPointError | None = None
 
     @property
     def low(self) -> np.ndarray:
@@ -120,7 +126,7 @@ class Decision:
     def _end(self, sign: int) -> np.ndarray:
         if self.measurement is None:
             return np.full(self.target.question.shape, sign * np.inf)
-        return self.measurement.mean + sign * self.target.simultaneous(self.measurement)
+        return np.asarray(self.measurement.mean + sign * self.target.simultaneous(self.measurement))
 
 
 @dataclass(eq=False)
@@ -132,8 +138,9 @@ class _Stream:
     limit: int
     submitted: int = 0
     merged: int = 0
-    waiting: dict[int, tuple[list[Question], list[Moments], float]] = field(default_factory=dict)
+    waiting: dict[int, tuple[list[Question], list[Found], float]] = field(default_factory=dict)
     moments: dict[Question, Moments] = field(default_factory=dict)
+    failures: dict[Question, FloatingPointError] = field(default_factory=dict)
     look_at: int = confidence.FIRST_LOOK
     seconds: float = 0.0
 
@@ -152,16 +159,21 @@ class _Stream:
         asked, found, seconds = self.waiting.pop(self.merged)
         self.seconds += seconds
         for question, moments in zip(asked, found, strict=True):
-            if question in self.questions:
-                known = self.moments.get(question)
-                self.moments[question] = known.merge(moments) if known else moments
+            if question not in self.questions:
+                continue
+            if isinstance(moments, FloatingPointError):
+                self.failures[question] = moments
+                self.questions.remove(question)
+                continue
+            known = self.moments.get(question)
+            self.moments[question] = known.merge(moments) if known else moments
         self.merged += 1
         return True
 
 
 def _timed_block(
     group: Group, questions: Sequence[Question], index: int, conditions: Conditions
-) -> tuple[list[Moments], float]:
+) -> tuple[list[Found], float]:
     begin = time.perf_counter()
     return sampler.block(group, questions, index, conditions), time.perf_counter() - begin
 
@@ -208,7 +220,10 @@ class Campaign:
 
     def run(self, workers: int = 1, in_flight: int | None = None) -> list[Decision]:
         """Draw until all is decided or the draws, the budget or the patience ends."""
-        begin, flying = time.perf_counter(), dict[Future[Any], tuple[_Stream, int, list[Question]]]()
+        begin, flying = (
+            time.perf_counter(),
+            dict[Future[Any], tuple[_Stream, int, list[Question]]](),
+        )
         room = in_flight or 2 * workers
         with engine(workers) as executor:
             while True:
@@ -235,7 +250,9 @@ class Campaign:
                 self.progress(self)
         return [self.decisions.get(k) or self._last_look(k) for k in range(len(self.targets))]
 
-    def _next_stream(self, flying: dict[Future[Any], tuple[_Stream, int, list[Question]]]) -> _Stream | None:
+    def _next_stream(
+        self, flying: dict[Future[Any], tuple[_Stream, int, list[Question]]]
+    ) -> _Stream | None:
         """The stream that has had the least time, blocks in flight counted as average ones."""
         ahead = [stream for stream, _, _ in flying.values()]
 
@@ -274,12 +291,19 @@ class Campaign:
         """What is known of a target when the draws have ended."""
         target = self.targets[number]
         stream = next(s for s in self.streams if s.group == Group.of(target.question))
-        if target.question not in stream.moments:
-            return Decision(target, "UNDECIDED", None, stream.seconds)
+        failure = stream.failures.get(target.question)
+        if failure is not None or target.question not in stream.moments:
+            return Decision(target, "UNDECIDED", None, stream.seconds, failure)
         measured = self._measurement(stream, target.question)
         enough = measured.draws >= confidence.FIRST_LOOK
         verdict = target.verdict(measured) if enough else "UNDECIDED"
         return Decision(target, verdict, measured, stream.seconds)
+
+
+def _require_finite(decision: Decision) -> Decision:
+    if decision.failure is not None:
+        raise decision.failure
+    return decision
 
 
 def measure(
@@ -293,14 +317,17 @@ def measure(
     """Estimate one question (a `Measurement`) or several (a list) from at least `draws` draws.
 
     Draws come in whole blocks, so `Measurement.draws` may be larger.  Raises `LookupError` for
-    a question without an answer, `ValueError` for a device or dtype that cannot be.
+    a question without an answer, `ValueError` for a device or dtype that cannot be,
+    `FloatingPointError` where an observable is not finite.
     """
     asked = [questions] if isinstance(questions, Question) else list(questions)
-    everywhere = [np.full(q.shape if q.reason_not_applicable is None else (1,), np.inf) for q in asked]
+    everywhere = [
+        np.full(q.shape if q.reason_not_applicable is None else (1,), np.inf) for q in asked
+    ]
     targets = [Target(q, -x, x, 0.5, 0.5) for q, x in zip(asked, everywhere, strict=True)]
     conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
     decisions = Campaign(targets, conditions, draws).run(workers)
-    found = [decision.measurement for decision in decisions]
+    found = [_require_finite(decision).measurement for decision in decisions]
     return found[0] if isinstance(questions, Question) else found
 
 
@@ -332,4 +359,4 @@ def decide(
     conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
     limit = DEFAULT_DRAWS if draws is None and budget is None else draws
     campaign = Campaign([target], conditions, limit, budget)
-    return campaign.run(workers or default_workers(conditions.device))[0]
+    return _require_finite(campaign.run(workers or default_workers(conditions.device))[0])

@@ -29,7 +29,9 @@ class InProcess(Executor):
 
 def default_workers(device: str) -> int:
     """One worker per core on the CPU; one process for an accelerator."""
-    return len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
+    return (
+        len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
+    )
 
 
 def _leave_interrupts_to_the_coordinator() -> None:

@@ -84,7 +84,9 @@ def gram(x: Float[Tensor, "draws n d"]) -> Float[Tensor, "draws n n"]:
 
 
 def normalised(x: Tensor) -> Tensor:
-    return x / x.norm(dim=-1, keepdim=True)
+    """Unit vectors; a zero vector stays zero, so its cosines are 0."""
+    size = x.norm(dim=-1, keepdim=True)
+    return x / torch.where(size > 0, size, torch.ones_like(size))
 
 
 def kernel(x: Tensor, question: Question) -> Tensor:

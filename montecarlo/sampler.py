@@ -117,30 +117,30 @@ def _given(question: Question) -> dict[str, np.ndarray]:
 
 def block(
     group: Group, questions: Sequence[Question], index: int, conditions: Conditions
-) -> list[Moments]:
+) -> list[Moments | FloatingPointError]:
     """The moments of every question's statistic over block number `index`.
 
-    Raises `FloatingPointError` naming the question and the draw where a statistic is not
-    finite.
+    Where a statistic is not finite its place is taken by the error that says in which draw.
     """
     with one_thread():
         places = tuple(dict.fromkeys(question.place for question in questions))
         values = sample(group, places, index, conditions)
-        found = []
+        found: list[Moments | FloatingPointError] = []
         for question in questions:
             components = STATISTICS[question.observable].components
             draws = components(values[question.place], question).double().cpu().numpy()
-            _require_finite(draws, question, index * group.block_size)
-            found.append(Moments.of(draws))
+            found.append(
+                _not_finite(draws, question, index * group.block_size) or Moments.of(draws)
+            )
     return found
 
 
-def _require_finite(draws: np.ndarray, question: Question, first: int) -> None:
+def _not_finite(draws: np.ndarray, question: Question, first: int) -> FloatingPointError | None:
     judged = draws[:, :, question.judged]
     if np.isfinite(judged).all():
-        return
+        return None
     draw, _, entry = (int(axis[0]) for axis in np.nonzero(~np.isfinite(judged)))
-    raise FloatingPointError(
+    return FloatingPointError(
         f"expected finite {question.observable} at {question.place}, got {judged[draw, 0, entry]} "
         f"in draw {first + draw} at position {question.positions[entry]}; "
         "use float64 or a smaller std"

@@ -393,8 +393,7 @@ class Architecture:
         places = self.places()
         if place not in places:
             raise LookupError(
-                f"expected a place of this architecture, got {place!r}; "
-                f"it has {', '.join(places)}"
+                f"expected a place of this architecture, got {place!r}; it has {', '.join(places)}"
             )
         needed, queue = {place}, [place]
         while queue:
@@ -459,8 +458,6 @@ def decoder(
     return Architecture(d_model, n_ctx, tokens or GaussianTokens(), Sequence(blocks))
 
 
-def prefix_means(
-    d_model: int, *, n_ctx: int, tokens: GaussianTokens | None = None
-) -> Architecture:
+def prefix_means(d_model: int, *, n_ctx: int, tokens: GaussianTokens | None = None) -> Architecture:
     """Causal averaging of raw tokens, one place `mean`: what the uniform picture reduces to."""
     return Architecture(d_model, n_ctx, tokens or GaussianTokens(std=1.0), CausalMean())

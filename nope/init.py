@@ -110,7 +110,9 @@ class GPT2:
         if weight.role == "bias":
             return Zero()
         into_stream = weight.role in ("output", "mlp_out")
-        return Normal(self.std / math.sqrt(architecture.n_residual or 1) if into_stream else self.std)
+        return Normal(
+            self.std / math.sqrt(architecture.n_residual or 1) if into_stream else self.std
+        )
 
 
 def normal(std: float) -> Scheme:

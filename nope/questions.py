@@ -71,7 +71,11 @@ OBSERVABLES = {
             "relative",
         ),
         Observable(
-            "kurtosis", "E x^4 / (E x^2)^2 over all randomness", ("vector", "pair"), "positions", "relative"
+            "kurtosis",
+            "E x^4 / (E x^2)^2 over all randomness",
+            ("vector", "pair"),
+            "positions",
+            "relative",
         ),
         Observable(
             "participation",
@@ -91,7 +95,12 @@ OBSERVABLES = {
             least=2,
         ),
         Observable(
-            "cosine", "E cos(x_m, x_n)", ("vector",), "distinct_pairs", "absolute", least=2
+            "cosine",
+            "E cos(x_m, x_n), 0 for a zero vector",
+            ("vector",),
+            "distinct_pairs",
+            "absolute",
+            least=2,
         ),
         Observable(
             "cosine_steps",
@@ -245,9 +254,7 @@ class Question:
                     for r, c in zip(rows, columns[0], strict=True)
                 ]
             case _:
-                return [
-                    [int(grid[r]), int(grid[c])] for r, c in zip(rows, columns[0], strict=True)
-                ]
+                return [[int(grid[r]), int(grid[c])] for r, c in zip(rows, columns[0], strict=True)]
 
 
 def position_grid(n_ctx: int, size: int = GRID_SIZE) -> np.ndarray:

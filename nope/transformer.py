@@ -34,6 +34,12 @@ from nope.architecture import (
 
 Weights = Mapping[str, Tensor]
 
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "identity": lambda x: x,
+}
+
 
 def evaluate(
     architecture: Architecture,
@@ -80,7 +86,8 @@ def _(operation: Linear, inputs: list[Tensor], arrays: Weights) -> Tensor:
     if operation.bias is not None:
         y = y + arrays[operation.bias.path].unsqueeze(-2)
     if operation.n_heads is not None:
-        y = y.unflatten(-1, (operation.n_heads, -1)).transpose(1, 2)  # draws heads positions d_head
+        split = y.view(*y.shape[:2], operation.n_heads, -1)
+        return split.transpose(1, 2)  # draws heads positions d_head
     return y
 
 
@@ -134,8 +141,7 @@ def _counts(x: Tensor) -> Tensor:
 
 @apply.register
 def _(operation: Activate, inputs: list[Tensor], arrays: Weights) -> Tensor:
-    functions = {"relu": F.relu, "gelu": F.gelu, "identity": lambda x: x}
-    return functions[operation.function](inputs[0])
+    return ACTIVATIONS[operation.function](inputs[0])
 
 
 @apply.register

@@ -101,7 +101,13 @@ def verify(
     Exit status: 0 when no verdict is opposite to the expected one, 1 when one is, 3 when one
     is UNDECIDED, 2 on bad usage, 130 after Ctrl-C.
     """
-    sizes = {"d_model": d_model, "n_heads": n_heads, "n_ctx": n_ctx, "std": std, "token_std": token_std}
+    sizes = {
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "n_ctx": n_ctx,
+        "std": std,
+        "token_std": token_std,
+    }
     chosen = select(theory.claims(**sizes), claims or ())
     if list_claims:
         _print_claims(chosen, tolerance)
@@ -165,7 +171,9 @@ def progress_bar(claims: int) -> Iterator[Callable[[Campaign], None]]:
         TextColumn("{task.completed}/{task.total} decided, {task.fields[draws]} draws"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("verify", total=claims, draws=0)
 
         def update(campaign: Campaign) -> None:
@@ -218,10 +226,13 @@ def _print_dry_run(
 def print_run(run: Run, out: Path | None) -> None:
     """The table of verdicts, the measured curves of what was refuted, and what to do next."""
     console = _console()
-    table = Table("claim", "verdict", "expected", "worst at", "theory", "measured", "interval", "draws", "s")
+    table = Table(
+        "claim", "verdict", "expected", "worst at", "theory", "measured", "interval", "draws", "s"
+    )
     for verdict in run:
         colour = COLOURS.get(verdict.verdict, "dim")
-        name = f"{verdict.claim}\n[dim]{verdict.question['observable']} at {verdict.question['place']}[/]"
+        asked = verdict.question
+        name = f"{verdict.claim}\n[dim]{asked['observable']} at {asked['place']}[/]"
         status = f"[{colour}]{verdict.verdict}[/]" + (" (!)" if verdict.surprising else "")
         cells = _worst_cells(verdict)
         table.add_row(name, status, verdict.expected or "-", *cells)
@@ -270,7 +281,9 @@ def _curve(verdict: Verdict) -> Table:
     table.add_column("position")
     for k in chosen:
         label = verdict.positions[k]
-        table.add_column(str(label if not isinstance(label, list) else tuple(label)), justify="right")
+        table.add_column(
+            str(label if not isinstance(label, list) else tuple(label)), justify="right"
+        )
     rows = {"theory": verdict.prediction, "measured": verdict.estimate}
     for name, values in rows.items():
         table.add_row(name, *(f"{values[k]:.4g}" for k in chosen))
@@ -369,5 +382,3 @@ def report(
     run = Run.load(run_dir)
     folder = out or (run_dir if run_dir.is_dir() else run_dir.parent)
     print(document.write(run, folder))
-
-

@@ -31,7 +31,7 @@ def typeset(latex: str, size: float = 17.0) -> str:
 
 def number(value: float | None) -> str:
     """Four significant digits, a dash for what is not there."""
-    return "–" if value is None else f"{value:.4g}"
+    return "-" if value is None else f"{value:.4g}"
 
 
 def render(run: Run) -> str:

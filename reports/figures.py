@@ -17,7 +17,7 @@ THEORY, BAND, MEASURED = "#1f4e8c", "#1f4e8c", "#c2410c"
 ROWS = 4
 """A matrix is shown along this many of its rows."""
 
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -53,7 +53,9 @@ def _column(values: list[float | None]) -> np.ndarray:
 
 
 def _arrays(verdict: Verdict) -> dict[str, np.ndarray]:
-    columns = {name: _column(getattr(verdict, name)) for name in ("prediction", "estimate", "low", "high")}
+    columns = {
+        name: _column(getattr(verdict, name)) for name in ("prediction", "estimate", "low", "high")
+    }
     return {
         **columns,
         "band_low": _column(verdict.band["low"]),
@@ -62,13 +64,21 @@ def _arrays(verdict: Verdict) -> dict[str, np.ndarray]:
 
 
 def _theory(axes: Axes, x: np.ndarray, found: dict[str, np.ndarray]) -> None:
-    axes.fill_between(x, found["band_low"], found["band_high"], color=BAND, alpha=0.18, lw=0, label="band")
+    axes.fill_between(
+        x, found["band_low"], found["band_high"], color=BAND, alpha=0.18, lw=0, label="band"
+    )
     axes.plot(x, found["prediction"], color=THEORY, lw=1.4, label="theory")
 
 
 def _measured(axes: Axes, x: np.ndarray, found: dict[str, np.ndarray]) -> None:
     axes.fill_between(
-        x, found["low"], found["high"], color=MEASURED, alpha=0.22, lw=0, label="simultaneous interval"
+        x,
+        found["low"],
+        found["high"],
+        color=MEASURED,
+        alpha=0.22,
+        lw=0,
+        label="simultaneous interval",
     )
     marker = "." if len(x) < 80 else ""
     axes.plot(x, found["estimate"], color=MEASURED, lw=1.0, marker=marker, ms=4, label="simulation")
@@ -133,7 +143,9 @@ def _matrix(figure: Figure, verdict: Verdict) -> None:
             axes.set_xscale("log")
     left.set_ylabel(verdict.question["observable"].replace("_", " "))
     right.set_ylabel("simulation - theory, in bands")
-    left.legend(frameon=False, fontsize=8, title="lines: theory, dots: simulation", title_fontsize=7)
+    left.legend(
+        frameon=False, fontsize=8, title="lines: theory, dots: simulation", title_fontsize=7
+    )
 
 
 def _steps(figure: Figure, verdict: Verdict) -> None:
@@ -145,7 +157,14 @@ def _steps(figure: Figure, verdict: Verdict) -> None:
         axes.axhline(0, color="black", lw=0.8)
         axes.plot(columns, found["prediction"], color=THEORY, lw=1.2, label="theory")
         axes.errorbar(
-            columns, found["estimate"], yerr=error, color=MEASURED, fmt=".", ms=4, lw=0.8, label="simulation"
+            columns,
+            found["estimate"],
+            yerr=error,
+            color=MEASURED,
+            fmt=".",
+            ms=4,
+            lw=0.8,
+            label="simulation",
         )
         axes.set_title(f"query m = {row}", fontsize=9)
         axes.set_xlabel("position n of the step")

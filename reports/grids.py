@@ -71,5 +71,3 @@ def _tidy(column: np.ndarray) -> np.ndarray:
     """Whole numbers as whole numbers."""
     whole = bool((column == np.round(column)).all())
     return column.astype(int) if whole else column
-
-

@@ -54,8 +54,11 @@ class Case:
         reason = question.reason_not_applicable or statistic.reason_not_applicable
         if reason:
             return cls(claim, question, None, tolerance, reason=reason)
-        region = claim.region(question, tolerance)
-        expected = claim.expected_verdict(question, tolerance)
+        try:
+            region = claim.region(question, tolerance)
+            expected = claim.expected_verdict(question, tolerance)
+        except NotImplementedError as error:
+            return cls(claim, question, None, tolerance, reason=str(error))
         if region.width > UNINFORMATIVE_BAND:
             reason = (
                 f"the band, remainder included, is {region.width:.1%} wide and more than "
@@ -69,7 +72,7 @@ def cases_of(claims: Iterable[Claim], tolerance: float) -> list[Case]:
     """Every question of every claim.  Raises `ValueError` for a tolerance that is not positive."""
     if not 0 < tolerance < np.inf:
         raise ValueError(f"expected tolerance above 0, got {tolerance}; change tolerance")
-    return [Case.of(claim, question, tolerance) for claim in claims for question in claim.questions]
+    return [Case.of(claim, question, tolerance) for claim in claims for question in claim.asked]
 
 
 def targets_of(cases: Sequence[Case], error_rate: float) -> list[Target]:
@@ -109,7 +112,13 @@ def verify(
     Raises `ValueError` for arguments or predictions that cannot be.
     """
     begin = time.perf_counter()
-    chosen = all_claims() if claims is None else (claims,) if isinstance(claims, Claim) else tuple(claims)
+    chosen = (
+        all_claims()
+        if claims is None
+        else (claims,)
+        if isinstance(claims, Claim)
+        else tuple(claims)
+    )
     cases = cases_of(chosen, tolerance)
     conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
     if budget is None and draws is None:
@@ -176,7 +185,9 @@ def _common(case: Case) -> dict[str, Any]:
 
 def _not_judged(case: Case) -> Verdict:
     words = f"{case.claim.statement} {case.without}: {case.reason}."
-    return Verdict(verdict=case.without, words=words, question=describe(case.question), **_common(case))
+    return Verdict(
+        verdict=case.without, words=words, question=describe(case.question), **_common(case)
+    )
 
 
 def _judged(case: Case, region: Region, decision: Decision) -> Verdict:
@@ -255,7 +266,7 @@ def _words(case: Case, decision: Decision, worst: dict[str, Any] | None) -> str:
     kind = case.question.kind
     rule = claim.relation.words(claim.band or case.tolerance, kind.scale)
     if decision.measurement is None or worst is None:
-        return f"{claim.statement} {UNDECIDED}: nothing was drawn."
+        return f"{claim.statement} {UNDECIDED}: {decision.failure or 'nothing was drawn'}."
     where = f"at {position_name(worst['position'])}"
     found = f"{worst['estimate']:.4g} [{worst['low']:.4g}, {worst['high']:.4g}]"
     draws = f"{decision.measurement.draws} draws"

@@ -67,7 +67,11 @@ class Verdict:
     def surprising(self) -> bool:
         """Whether the verdict is the opposite of what the best theory expects."""
         knowledge = (CONFIRMED, REFUTED)
-        return self.verdict in knowledge and self.expected in knowledge and self.verdict != self.expected
+        return (
+            self.verdict in knowledge
+            and self.expected in knowledge
+            and self.verdict != self.expected
+        )
 
     @property
     def name(self) -> str:
@@ -98,7 +102,11 @@ class Run:
 
     def to_json(self) -> str:
         """The document of schema `nope.verdicts/1`."""
-        content = {"schema": SCHEMA, "run": self.info, "verdicts": [asdict(v) for v in self.verdicts]}
+        content = {
+            "schema": SCHEMA,
+            "run": self.info,
+            "verdicts": [asdict(v) for v in self.verdicts],
+        }
         return json.dumps(_finite(content), indent=1, allow_nan=False)
 
     def save(self, directory: str | Path) -> Path:

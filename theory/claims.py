@@ -47,11 +47,15 @@ class Region:
 class Relation(Protocol):
     """What it means for a claim to hold: its statistic, its region, its picture."""
 
-    name: str
-    figure: str
+    @property
+    def name(self) -> str:
+        """A word for it, by which the report picks its figure."""
 
     def statistic(self, question: Question) -> Question:
         """The question whose answer decides."""
+
+    def predicted(self, question: Question, prediction: Prediction) -> tuple[Any, Any]:
+        """What a prediction says of the statistic: values and remainder, in its shape."""
 
     def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
         """Where the statistic must lie."""
@@ -65,15 +69,20 @@ class Equals:
     """measured = predicted, within the tolerance times the observable's scale, plus remainder."""
 
     name: str = "equals"
-    figure: str = "curve"
 
     def statistic(self, question: Question) -> Question:
         return question
 
+    def predicted(self, question: Question, prediction: Prediction) -> tuple[Any, Any]:
+        shape = question.shape
+        return np.broadcast_to(prediction.values, shape), np.broadcast_to(
+            prediction.remainder, shape
+        )
+
     def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
-        values = np.broadcast_to(prediction.values, question.shape)
+        values, remainder = self.predicted(question, prediction)
         scale = scale_of(question, values)
-        width = tolerance * scale + np.broadcast_to(prediction.remainder, question.shape)
+        width = tolerance * scale + remainder
         low = np.where(question.judged, values - width, -np.inf)
         high = np.where(question.judged, values + width, np.inf)
         widest = (width / np.where(scale > 0, scale, 1.0))[question.judged].max(initial=0.0)
@@ -93,16 +102,20 @@ class Ordered:
     """The measured cosine falls with distance: every step towards the diagonal is positive."""
 
     name: str = "ordered"
-    figure: str = "steps"
 
     def statistic(self, question: Question) -> Question:
         return nope.Question(
             question.architecture, question.init, question.place, "cosine_steps", question.given
         )
 
+    def predicted(self, question: Question, prediction: Prediction) -> tuple[Any, Any]:
+        values = np.broadcast_to(prediction.values, question.shape)
+        remainder = np.broadcast_to(prediction.remainder, question.shape)
+        return np.diff(values, axis=1), remainder[:, 1:] + remainder[:, :-1]
+
     def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
         steps = self.statistic(question)
-        values = np.diff(np.broadcast_to(prediction.values, question.shape), axis=1)
+        values, _ = self.predicted(question, prediction)
         low = np.where(steps.judged, 0.0, -np.inf)
         return Region(steps, values, low, np.full(steps.shape, np.inf), 0.0)
 
@@ -114,10 +127,10 @@ def scale_of(question: Question, values: np.ndarray) -> np.ndarray:
     """What a tolerance multiplies: the prediction, sqrt(K_mm K_nn), or 1."""
     match question.kind.scale:
         case "relative":
-            return np.abs(values)
+            return np.asarray(np.abs(values))
         case "kernel":
             diagonal = np.sqrt(np.abs(np.diagonal(values)))
-            return np.outer(diagonal, diagonal)
+            return np.asarray(diagonal[:, None] * diagonal[None, :])
         case _:
             return np.ones(question.shape)
 
@@ -156,14 +169,17 @@ class Claim:
     setting: Setting | None = None
 
     def __post_init__(self) -> None:
-        questions = self.questions
-        questions = (questions,) if isinstance(questions, Question) else tuple(questions)
-        if not questions:
+        object.__setattr__(self, "questions", self.asked)
+        if not self.questions:
             raise ValueError(f"expected claim {self.id} to ask something, got none; add a question")
-        object.__setattr__(self, "questions", questions)
         object.__setattr__(self, "status", Status(self.status))
         if self.band is not None:
             _finite(f"the band of claim {self.id}", self.band, positive=True)
+
+    @property
+    def asked(self) -> tuple[Question, ...]:
+        """The questions, always as a tuple."""
+        return (self.questions,) if isinstance(self.questions, Question) else tuple(self.questions)
 
     def predict(self, question: Question) -> Prediction:
         """The claim's own prediction for one of its questions.
@@ -214,12 +230,9 @@ class Claim:
         if self.expected is None:
             return None
         region = self.region(question, tolerance)
-        best = self.relation.region(question, self.expected(question), 0.0)
-        slack = (best.high - best.low) / 2
-        slack = np.where(np.isfinite(slack), slack, 0.0)
+        best, remainder = self.relation.predicted(question, self.expected(question))
         judged = region.statistic.judged
-        values, low, high = (x[judged] for x in (best.prediction, region.low, region.high))
-        slack = slack[judged]
+        values, slack, low, high = (x[judged] for x in (best, remainder, region.low, region.high))
         if ((values - slack >= low) & (values + slack <= high)).all():
             return "CONFIRMED"
         if ((values + slack < low) | (values - slack > high)).any():

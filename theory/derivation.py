@@ -131,7 +131,9 @@ def simplify_kernel(expr: sp.Expr) -> sp.Expr:
     """Carry out the sums over Kronecker deltas and write Min(m, n)/(m n) as 1/Max(m, n)."""
     expr = expr.replace(lambda e: isinstance(e, sp.Sum), _prefix_sum)
     expr = sp.powdenest(expr, force=True)
-    expr = expr.replace(sp.Min, lambda *of: sp.Mul(*of) / sp.Max(*of) if set(of) == {m, n} else sp.Min(*of))
+    expr = expr.replace(
+        sp.Min, lambda *of: sp.Mul(*of) / sp.Max(*of) if set(of) == {m, n} else sp.Min(*of)
+    )
     return sp.factor_terms(sp.powsimp(expr))
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, reduce
 from typing import TYPE_CHECKING, Any
 
 import mpmath
@@ -42,19 +42,16 @@ class Status(enum.StrEnum):
     """What a paper prints, as far as its text could be read; possibly wrong."""
 
 
-class LogGamma(sp.Function):  # type: ignore[misc]
+class LogGamma(sp.Function):
     """log Gamma, left alone: SymPy's own turns log Gamma(d/2), d whole, back into Gammas."""
 
 
-class NumberPrinter(SciPyPrinter):  # type: ignore[misc]
+class NumberPrinter(SciPyPrinter):
     """SciPy code that broadcasts, and keeps inverse cosines of correlations real."""
 
     def _fold(self, function: str, expr: sp.Expr) -> str:
-        printed = [self._print(argument) for argument in expr.args]
-        code = printed[0]
-        for argument in printed[1:]:
-            code = f"{function}({code}, {argument})"
-        return code
+        printed = [str(self._print(argument)) for argument in expr.args]
+        return reduce(lambda code, argument: f"{function}({code}, {argument})", printed)
 
     def _print_Max(self, expr: sp.Expr) -> str:  # noqa: N802 (SymPy's naming)
         return self._fold("numpy.maximum", expr)

@@ -115,7 +115,7 @@ class KernelValues:
     ) -> None:
         self._rules, self._closed, self._bindings = rules, closed, bindings
         self._n_ctx, (self._m, self._n) = n_ctx, positions
-        self._memo: dict[tuple[str, str, View], np.ndarray] = {}
+        self._memo: dict[tuple[str, str, str], np.ndarray] = {}
 
     @cached_property
     def _whole(self) -> KernelValues:
@@ -174,13 +174,17 @@ class KernelValues:
     ) -> np.ndarray:
         function, arguments = _compiled(expr)
         left, right = self._positions(view)
-        values: dict[str, Any] = {**self._bindings, "m": left.astype(float), "n": right.astype(float)}
+        values: dict[str, Any] = {
+            **self._bindings,
+            "m": left.astype(float),
+            "n": right.astype(float),
+        }
         for argument in arguments:
             head, _, at = argument.name.partition("_")
             if argument is _SUM:
                 values[argument.name] = sums
             elif head in ("K", "J") and at in ("mn", "mm", "nn"):
-                inner: View = at if view == "mn" else view  # type: ignore[assignment]
+                inner: View = at if view == "mn" else view
                 values[argument.name] = self.kernel(sources["KJ".index(head)], inner)
         result = function(*(values[argument.name] for argument in arguments))
         shape = np.broadcast_shapes(left.shape, right.shape)

@@ -221,7 +221,9 @@ class _Predictor:
     def _participation(self) -> tuple[Any, Any]:
         """m entries of second moment E a_mn^2 in row m."""
         if not isinstance(self.question.operation, Uniform) and self.traits.logits is None:
-            raise NotImplementedError(f"expected a pattern, got {self.question.place}; use it there")
+            raise NotImplementedError(
+                f"expected a pattern, got {self.question.place}; use it there"
+            )
         moments, remainder = self._second_moment()
         counts = np.arange(1, len(moments) + 1)
         return counts * moments, counts * remainder
@@ -273,6 +275,11 @@ class _Predictor:
             raise NotImplementedError(
                 "expected a place whose kernel is c/Max(m, n) (attn.z or attn_out of the first "
                 f"layer), got {self.question.place}; measure it with montecarlo.measure"
+            )
+        if self.bindings["d"] < 3:
+            raise NotImplementedError(
+                "expected d_model of at least 3 (in two dimensions a LayerNorm leaves a line, and "
+                f"its cosines tie), got {self.bindings['d']}; measure it with montecarlo.measure"
             )
         width = self.bindings["d"] / self.traits.maps
         value, remainder = adjacency_score(self.question.architecture.n_ctx, width, variant)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import sympy as sp
 
-from nope.architecture import decoder
+from nope.architecture import AttentionKind, decoder
 from theory.derivation import derive
 from theory.formula import Formula, Status
 from theory.symbols import WEIGHT_STD, H, d, d_h, m, n, s, sigma
@@ -23,7 +23,7 @@ def derived(
     name: str, place: str, statement: str, source: str, left: str, diagonal: bool = False
 ) -> Formula:
     """The kernel at a place of a one-layer decoder with uniform attention (softmax for scores)."""
-    kind = "softmax" if "scores" in place else "uniform"
+    kind: AttentionKind = "softmax" if "scores" in place else "uniform"
     derivation = derive(decoder(64, 4, n_ctx=8, d_ff=0, attention=kind), place)
     kernel = derivation.result.subs({n: m}) if diagonal else derivation.result
     return Formula(
@@ -94,7 +94,7 @@ def formulas() -> Iterator[Formula]:
     yield derived(
         "attention.uniform_covariance",
         "blocks.0.attn_out",
-        "Outputs of uniform attention share their prefix: the covariance is that of the longer one.",
+        "Outputs of uniform attention share a prefix: the covariance is the longer one's variance.",
         "chi2023, covariance",
         r"\mathbb{E}\langle o_m, o_n\rangle/d",
     )

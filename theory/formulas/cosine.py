@@ -41,36 +41,51 @@ def gaussian_pair_expansion() -> sp.Expr:
 
 def leading_bias(correlation: np.ndarray, width: float) -> np.ndarray:
     """rho - E cos to first order: rho (1 - rho^2)/(2 width), width = d over the random maps."""
-    return correlation * (1 - correlation**2) / (2 * width)
+    return np.asarray(correlation * (1 - correlation**2) / (2 * width))
+
+
+def cosine_covariance() -> sp.Expr:
+    """Covariance of the cosines C_ij and C_ik, in units of 1/d_eff.
+
+    Pearson and Filon's for two sample correlations that share an index,
+    r_jk (1 - r_ij^2 - r_ik^2) - r_ij r_ik (1 - r_ij^2 - r_ik^2 - r_jk^2)/2, at sqrt(min/max).
+    """
+    x, y, z = sp.sqrt(j / i), sp.sqrt(k / i), sp.sqrt(j / k)
+    return z * (1 - x**2 - y**2) - x * y * (1 - x**2 - y**2 - z**2) / 2
 
 
 def difference_variance() -> sp.Expr:
-    """V of the difference of cosines C_ik - C_ij, in units of 1/d_eff.
-
-    Pearson and Filon's variance (1 - r^2)^2 of a sample correlation and covariance
-    r_jk (1 - r_ij^2 - r_ik^2) - r_ij r_ik (1 - r_ij^2 - r_ik^2 - r_jk^2)/2 of two that share
-    an index, at correlations sqrt(min/max).
-    """
-    x, y, z = sp.sqrt(j / i), sp.sqrt(k / i), sp.sqrt(j / k)
-    shared = z * (1 - x**2 - y**2) - x * y * (1 - x**2 - y**2 - z**2) / 2
-    return (1 - x**2) ** 2 + (1 - y**2) ** 2 - 2 * shared
+    """V of C_ik - C_ij, in units of 1/d_eff; one cosine of mean r has variance (1 - r^2)^2."""
+    return (1 - j / i) ** 2 + (1 - k / i) ** 2 - 2 * cosine_covariance()
 
 
-def triple_probability() -> sp.Expr:
-    """Phi(sqrt(d_eff) (y - x)/sqrt(V)), x = sqrt(j/i), y = sqrt(k/i)."""
-    return _normal_cdf(sp.sqrt(k / i) - sp.sqrt(j / i))
-
-
-def _normal_cdf(difference: sp.Expr) -> sp.Expr:
-    score = sp.sqrt(d_eff) * difference / sp.sqrt(difference_variance())
+def _normal_cdf(score: sp.Expr) -> sp.Expr:
     return (1 + sp.erf(score / sp.sqrt(2))) / 2
 
 
-def triple_remainder() -> sp.Expr:
-    """How far the means' own 1/d_eff terms move the probability."""
+def plain_triple_probability() -> sp.Expr:
+    """Phi(sqrt(d_eff) (y - x)/sqrt(V)), x = sqrt(j/i), y = sqrt(k/i): cosines as Gaussian."""
+    step = sp.sqrt(k / i) - sp.sqrt(j / i)
+    return _normal_cdf(sp.sqrt(d_eff) * step / sp.sqrt(difference_variance()))
+
+
+def triple_probability(width: sp.Expr = d_eff) -> sp.Expr:
+    """The same in Fisher's scale, where a cosine's skewness is gone and its variance is 1/d_eff.
+
+    Phi(sqrt(d_eff) (atanh y - atanh x)/sqrt(W)), W = 2 - 2 cov/((1 - x^2)(1 - y^2)).
+    """
     x, y = sp.sqrt(j / i), sp.sqrt(k / i)
-    shift = (y * (1 - y**2) - x * (1 - x**2)) / (2 * d_eff)
-    return sp.Abs(_normal_cdf(y - x - shift) - _normal_cdf(y - x))
+    variance = 2 - 2 * cosine_covariance() / ((1 - x**2) * (1 - y**2))
+    return _normal_cdf(sp.sqrt(width) * (sp.atanh(y) - sp.atanh(x)) / sp.sqrt(variance))
+
+
+def triple_remainder() -> sp.Expr:
+    """How far the two scales differ, an effect of order 1/sqrt(d_eff), plus the worth of one
+    degree of freedom, which the centring of a LayerNorm takes."""
+    fewer = triple_probability(sp.Max(d_eff - 1, 0))
+    return sp.Abs(triple_probability() - plain_triple_probability()) + sp.Abs(
+        triple_probability() - fewer
+    )
 
 
 def formulas() -> Iterator[Formula]:
@@ -114,7 +129,7 @@ def formulas() -> Iterator[Formula]:
         triple_probability(),
         "Probability that position k is closer to i than j is, j < k < i.",
         Status.LEADING_ORDER,
-        "derived here from Pearson and Filon's covariance",
+        "derived here from Pearson and Filon's covariance in Fisher's scale",
         r"P(C_{ij} < C_{ik})",
         remainder=triple_remainder(),
     )
@@ -156,7 +171,9 @@ def _row(row: int, width: float, variant: str) -> tuple[float, float]:
     else:
         left, right, weights = _midpoint_pairs(row)
     found = [form(left, right, float(row), width) for form in _compiled_triple()]  # type: ignore[operator]
-    return float(np.average(found[0], weights=weights)), float(np.average(found[1], weights=weights))
+    return float(np.average(found[0], weights=weights)), float(
+        np.average(found[1], weights=weights)
+    )
 
 
 def _midpoint_pairs(row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,7 +13,7 @@ def formulas() -> Iterator[Formula]:
     yield Formula(
         "layernorm.second_moment",
         sp.Integer(1),
-        "A LayerNorm output with eps 0 has |e|^2 = d exactly, so a coordinate's second moment is 1.",
+        "With eps 0 a LayerNorm output has |e|^2 = d exactly: a coordinate's second moment is 1.",
         Status.EXACT,
         "chi2023, LayerNorm; definition",
         r"\mathbb{E}\,e_j^2",

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-import sympy as sp
 from scipy.special import gammaln
 
 from nope.architecture import decoder

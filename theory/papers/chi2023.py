@@ -272,7 +272,7 @@ def leading_output(question: Question) -> Prediction:
 def leading_residual(question: Question) -> Prediction:
     """sigma_x^2 plus the leading output variance."""
     output = leading_output(question)
-    stream = question.architecture.tokens.std ** 2
+    stream = question.architecture.tokens.std**2
     return Prediction(stream + output.values, output.remainder, Status.LEADING_ORDER)
 
 

@@ -31,7 +31,7 @@ def _(operation: Linear, traits: Mapping[str, Traits]) -> Rule:
     kurtosis = None if before.norm_kurtosis is None else 3 * before.norm_kurtosis
     return Rule(
         name="linear map",
-        statement="Independent zero-mean weights multiply the kernel by fan_in times their variance.",
+        statement="Independent zero-mean weights multiply the kernel by fan_in times a variance.",
         sources=operation.inputs,
         expression=expression,
         assumption="weights i.i.d., zero mean, independent of the input",
