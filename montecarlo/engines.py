@@ -34,8 +34,17 @@ def default_workers(device: str) -> int:
     )
 
 
-def _leave_interrupts_to_the_coordinator() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back; processes started meanwhile never see it, the coordinator does after."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 @contextmanager
@@ -46,10 +55,10 @@ def engine(workers: int) -> Iterator[Executor]:
     if workers == 1:
         yield InProcess()
         return
-    executor = loky.ProcessPoolExecutor(
-        max_workers=workers, initializer=_leave_interrupts_to_the_coordinator
-    )
+    executor = loky.ProcessPoolExecutor(max_workers=workers)
     try:
+        with _interrupts_held():
+            executor.submit(os.getpid)  # starts every process
         yield executor
     finally:
         executor.shutdown(wait=True, kill_workers=True)

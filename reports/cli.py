@@ -52,6 +52,8 @@ def main() -> None:
         message = error.args[0] if isinstance(error, LookupError) and error.args else error
         print(f"nope: {message}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 @app.callback(invoke_without_command=True)

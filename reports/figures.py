@@ -141,6 +141,8 @@ def _matrix(figure: Figure, verdict: Verdict) -> None:
         axes.set_xlabel(what)
         if not coordinates and max(pair[1] for pair in verdict.positions) > 16:
             axes.set_xscale("log")
+    if _spans_decades(_arrays(verdict)["prediction"]) and not coordinates:
+        left.set_yscale("log")
     left.set_ylabel(verdict.question["observable"].replace("_", " "))
     right.set_ylabel("simulation - theory, in bands")
     left.legend(

@@ -303,7 +303,7 @@ def derivation_of(question: Question) -> list[dict[str, str]]:
             "after": sp.latex(step.after),
             "assumption": step.rule.assumption,
             "source": step.rule.source,
-            "exact": "yes" if step.rule.remainder == 0 else "leading order",
+            "exact": "yes" if step.exact else "leading order",
         }
         for step in derivation.steps
     ]

@@ -49,6 +49,14 @@ class Step:
     after: sp.Expr
 
     @cached_property
+    def exact(self) -> bool:
+        """Whether the rule drops nothing on the kernels it was used on."""
+        if self.rule.remainder == 0:
+            return True
+        dropped = self.rule.dropped(list(self.used))
+        return all(_number(dropped, point) == 0 for point in _points(self.place, dropped))
+
+    @cached_property
     def failures(self) -> list[str]:
         """What is wrong with this step; empty when it holds."""
         found = []

@@ -131,7 +131,8 @@ class Formula:
 
     def latex(self) -> str:
         """The equation in LaTeX."""
-        right: str = sp.latex(self.expr)
+        names = {entry.symbol: entry.latex for entry in self.symbols.values() if entry.latex}
+        right: str = sp.latex(self.expr, symbol_names=names)
         return f"{self.left} = {right}" if self.left else right
 
     def mathml(self) -> str:
@@ -141,7 +142,7 @@ class Formula:
 
     def python(self) -> str:
         """The expression as SymPy source that names its symbols."""
-        return str(sp.sstr(self.expr, sympy_integers=True))
+        return str(self.expr)
 
     def _repr_latex_(self) -> str:
         return f"$\\displaystyle {self.latex()}$"

@@ -68,7 +68,14 @@ class Rule:
 
     def apply(self, kernels: list[sp.Expr]) -> sp.Expr:
         """The expression with symbolic kernels in place of K and J, nothing simplified."""
-        result = self.expression
+        return self._put(self.expression, kernels)
+
+    def dropped(self, kernels: list[sp.Expr]) -> sp.Expr:
+        """The remainder with symbolic kernels in place of K and J."""
+        return self._put(self.remainder, kernels)
+
+    @staticmethod
+    def _put(result: sp.Expr, kernels: list[sp.Expr]) -> sp.Expr:
         for function, kernel in zip((K, J), kernels, strict=False):
             result = result.replace(function, _at(kernel))
         return result

@@ -192,7 +192,7 @@ class _Predictor:
             status,
             self._formula(status),
             self.derivation,
-            tuple(_treatment(step) for step in self.derivation.steps if step.rule.remainder != 0),
+            tuple(_treatment(step) for step in self.derivation.steps if not step.exact),
         )
 
     def _formula(self, status: Status) -> Formula:

@@ -64,6 +64,7 @@ class Described:
     domain: Domain
     unit: str = "1"
     aliases: tuple[str, ...] = ()
+    latex: str = ""
 
     @property
     def name(self) -> str:
@@ -75,10 +76,15 @@ _ALIASES: dict[str, str] = {}
 
 
 def _register(
-    name: str, meaning: str, domain: Domain, unit: str = "1", aliases: tuple[str, ...] = ()
+    name: str,
+    meaning: str,
+    domain: Domain,
+    unit: str = "1",
+    aliases: tuple[str, ...] = (),
+    latex: str = "",
 ) -> sp.Symbol:
     created = sp.Symbol(name, **domain.assumptions)
-    REGISTRY[name] = Described(created, meaning, domain, unit, aliases)
+    REGISTRY[name] = Described(created, meaning, domain, unit, aliases, latex)
     _ALIASES.update({name: name, **dict.fromkeys(aliases, name)})
     return created
 
@@ -126,7 +132,9 @@ b = _register("b", "variance of the second of a Gaussian pair", NON_NEGATIVE)
 c = _register("c", "covariance of a Gaussian pair", REAL)
 d_eff = _register("d_eff", "effective width: d over the number of Gaussian maps", POSITIVE)
 M_jj = _register("M_jj", "diagonal entry (j, j) of M = W_O W_V", REAL)
-M_j2 = _register("M_j2", "sum over i of M_ji^2, M = W_O W_V", NON_NEGATIVE)
+M_j2 = _register(
+    "M_j2", "sum over i of M_ji^2, M = W_O W_V", NON_NEGATIVE, latex=r"\sum_i M_{ji}^{2}"
+)
 
 WEIGHT_STD = {
     "query": sigma_q,

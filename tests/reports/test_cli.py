@@ -1,0 +1,131 @@
+"""The command: what it prints, what it refuses, how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import theory
+from reports import grids
+from reports.verdicts import Run
+
+QUICK = ["--d-model", "16", "--n-heads", "2", "--n-ctx", "4", "--std", "0.2", "--workers", "1"]
+
+
+def nope(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does."""
+    command = [sys.executable, "-m", "nope", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_verify_writes_a_run_and_a_report(tmp_path):
+    """Verify, then report: one self-contained file without scripts or links to the network."""
+    done = nope("verify", "chi2023.lemma*", *QUICK, "--draws", "20000", "--out", str(tmp_path))
+    assert done.returncode in (0, 3), done.stderr
+    assert "chi2023.lemma2.printed" in done.stdout
+    assert "REFUTED" in done.stdout
+    run = Run.load(tmp_path)
+    assert {verdict.claim for verdict in run} >= {"chi2023.lemma1", "chi2023.lemma3.softmax"}
+    assert nope("report", str(tmp_path)).returncode == 0
+    page = (tmp_path / "report.html").read_text()
+    for claim in ("chi2023.lemma1", "chi2023.lemma4.corrected"):
+        assert claim in page
+    assert "<script" not in page
+    outside = [part.split('"')[0] for part in page.split('src="')[1:] + page.split('href="')[1:]]
+    assert all(link.startswith("#") for link in outside)
+    judged = [verdict for verdict in run if verdict.estimate]
+    assert page.count('<div class="figure">') == len(judged)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["verify", "no.such.claim"],
+        ["verify", "--d-model", "0"],
+        ["verify", "--d-model", "10", "--n-heads", "3"],
+        ["verify", "--d-model", "1"],
+        ["verify", "--std", "-1"],
+        ["verify", "--tolerance", "0"],
+        ["verify", "--error-rate", "2"],
+        ["verify", "--draws", "0"],
+        ["verify", "--budget", "nan"],
+        ["verify", "--device", "toaster"],
+        ["verify", "--dtype", "float16"],
+        ["formula", "show", "no.such.formula"],
+        ["formula", "show", "attention.uniform_covariance", "--at", "d=768"],
+        ["formula", "show", "attention.uniform_covariance", "--at", "d=0,sigma=1,m=1,n=1"],
+        ["formula", "show", "attention.uniform_covariance", "--at", "d=__import__('os')"],
+        ["formula", "show", "attention.uniform_covariance", "--latex", "--json"],
+        ["report", "no/such/directory"],
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(words):
+    """No traceback, one line with what was expected."""
+    done = nope(*words)
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.count("\n") == 1
+    assert "expected" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_list_and_dry_run_draw_no_verdict():
+    """Claims and bands; draws, memory and seconds."""
+    listed = nope("verify", "--list", *QUICK)
+    assert listed.returncode == 0
+    assert all(claim.id in listed.stdout for claim in theory.claims())
+    planned = nope("verify", "chi2023.lemma1", "--dry-run", *QUICK)
+    assert planned.returncode == 0
+    assert "seconds" in planned.stdout
+    assert "CONFIRMED" in planned.stdout
+
+
+def test_formula_show_evaluates_on_a_grid():
+    """--at takes numbers and ranges; --json says everything."""
+    at = "d=768,sigma=0.02,m=1:3,n=1"
+    done = nope("formula", "show", "attention.uniform_covariance", "--at", at, "--json")
+    content = json.loads(done.stdout)
+    rows = [row["attention.uniform_covariance"] for row in content["values"]]
+    assert rows == pytest.approx([0.09437184 / m for m in (1, 2, 3)], abs=1e-9)
+    assert content["symbols"]["d"]["domain"] == "positive integer"
+    assert r"\max" in nope("formula", "show", "attention.uniform_covariance", "--latex").stdout
+    source = nope("formula", "show", "attention.uniform_covariance", "--python").stdout.strip()
+    assert source == "d**2*sigma**4/Max(m, n)"
+    assert "cosine.gaussian_pair" in nope("formula", "list").stdout
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "d", "d=", "=3", "d=1,d=2", "d=1:", "d=3:1", "d=1:2:0", "d=1:2:3:4", "d=nan", "d=1e9:2e9"]
+    + ["m=1:1000000:0.5", "d=inf"],
+)
+def test_grids_refuse_what_is_not_a_number_or_a_range(text):
+    """Nothing typed is evaluated; nothing absurd is computed."""
+    with pytest.raises(ValueError, match="expected"):
+        grids.parse(text)
+
+
+def test_version_verbose_names_what_a_bug_report_needs():
+    """Versions of everything a number depends on."""
+    done = nope("--version", "--verbose")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("torch", "numpy", "sympy", "python", "commit"))
+
+
+def test_ctrl_c_stops_at_a_block_and_writes_the_run(tmp_path):
+    """SIGINT: the run so far is saved and the status is 130."""
+    words = ["verify", "chi2023.lemma3", "--d-model", "64", "--n-ctx", "64", "--tolerance", "1e-5"]
+    command = [sys.executable, "-m", "nope", *words, "--workers", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    time.sleep(6)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    (verdict,) = Run.load(tmp_path).verdicts
+    assert verdict.verdict == "UNDECIDED"
+    assert Run.load(tmp_path).info["interrupted"]

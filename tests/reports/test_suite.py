@@ -1,0 +1,182 @@
+"""The verdict: what is judged, at which error rate, and what comes out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import nope
+import reports
+import theory
+from reports import suite
+from reports.verdicts import NOT_APPLICABLE, UNINFORMATIVE
+
+SMALL = {"d_model": 64, "n_heads": 4, "n_ctx": 8, "std": 0.1}
+MEANS = ("second_moment", "mean_second_moment", "kernel", "cosine")
+
+
+def scaled(claim: theory.Claim, factor: float) -> theory.Claim:
+    """A claim of a user's own: the same questions, the prediction times a factor."""
+
+    def prediction(question: nope.Question) -> np.ndarray:
+        return factor * np.broadcast_to(claim.predict(question).values, question.shape)
+
+    return theory.Claim(
+        id=f"user.{claim.id}",
+        statement=f"{factor} times {claim.statement}",
+        source="a test",
+        status="exact",
+        questions=claim.questions,
+        prediction=prediction,
+    )
+
+
+def exact_claims() -> list[theory.Claim]:
+    """Every exact claim on a mean, at small sizes."""
+    found = [claim for claim in theory.claims(**SMALL) if claim.status is theory.Status.EXACT]
+    means = [
+        replace(claim, questions=[q for q in claim.asked if q.observable in MEANS])
+        for claim in found
+    ]
+    assert len(means) >= 7
+    return means
+
+
+@pytest.mark.parametrize("seed", [7, 77])
+def test_exact_claims_are_confirmed_and_five_percent_off_is_refuted(seed):
+    """Every exact formula is CONFIRMED, and the same formula times 1.05 REFUTED."""
+    claims = exact_claims()
+    run = reports.verify([*claims, *(scaled(c, 1.05) for c in claims)], seed=seed, workers=1)
+    for verdict in run:
+        expected = "REFUTED" if verdict.claim.startswith("user.") else "CONFIRMED"
+        assert verdict.verdict == expected, verdict.words
+
+
+def test_the_papers_at_small_sizes_come_out_as_the_best_theory_expects():
+    """No verdict is opposite to the expected one, and the known ones are as known."""
+    run = reports.verify(theory.claims(**SMALL), seed=5, workers=1, draws=20_000)
+    assert not [verdict.words for verdict in run if verdict.surprising]
+    found = {verdict.claim: verdict.verdict for verdict in run}
+    assert found["chi2023.lemma2.printed"] == "REFUTED"
+    assert found["chi2023.lemma2.corrected"] == "CONFIRMED"
+    assert found["chi2023.lemma3"] == "CONFIRMED"
+    assert found["chi2023.lemma3.softmax"] == "REFUTED"
+    assert found["zuo2025.cosine.softmax"] == "REFUTED"
+
+
+def test_one_head_confirms_lemma_2_as_printed():
+    """With H = 1 the factor H is gone."""
+    claims = [c for c in theory.claims(d_model=64, n_heads=1, n_ctx=8) if "lemma2" in c.id]
+    run = reports.verify(claims, seed=3, workers=1)
+    assert [verdict.verdict for verdict in run] == ["CONFIRMED", "CONFIRMED"]
+    assert [verdict.expected for verdict in run] == ["CONFIRMED", "CONFIRMED"]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"d_model": 64, "n_ctx": 1},
+        {"d_model": 64, "n_ctx": 2},
+        {"d_model": 16, "n_heads": 1, "n_ctx": 4},
+        {"d_model": 2, "n_ctx": 4},
+        {"d_model": 3, "n_ctx": 5, "std": 1.0},
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_edge_sizes_give_verdicts_or_reasons(sizes, dtype):
+    """Every row is a verdict with evidence, or says why there is none."""
+    run = reports.verify(theory.claims(**sizes), seed=2, workers=1, draws=4096, dtype=dtype)
+    assert len(run.verdicts) == 22
+    for verdict in run:
+        if verdict.verdict in (NOT_APPLICABLE, UNINFORMATIVE):
+            assert verdict.reason
+            assert not verdict.positions
+        elif verdict.verdict != "UNDECIDED":
+            assert verdict.draws >= 64
+            assert verdict.positions
+
+
+def test_one_position_has_no_cosine_to_judge():
+    """Nothing is CONFIRMED for want of positions."""
+    run = reports.verify(theory.claims(d_model=16, n_ctx=1), seed=2, workers=1, draws=512)
+    found = {verdict.claim: verdict for verdict in run}
+    for name in ("zuo2025.cosine", "zuo2025.monotone", "zuo2025.score", "chi2023.property1"):
+        assert found[name].verdict == NOT_APPLICABLE
+        assert "n_ctx is 1" in found[name].reason
+
+
+def test_a_place_that_is_not_there_is_not_applicable():
+    """Uniform attention has no scores."""
+    question = nope.Question(
+        nope.decoder(16, 2, n_ctx=4, attention="uniform"),
+        nope.init.normal(0.1),
+        "blocks.0.attn.scores",
+        "second_moment",
+    )
+    claim = theory.Claim("user.scores", "Scores.", "a test", "exact", question, 1.0)
+    (verdict,) = reports.verify(claim, workers=1)
+    assert verdict.verdict == NOT_APPLICABLE
+    assert "blocks.0.attn.scores" in verdict.reason
+
+
+def test_a_band_wider_than_ten_percent_is_uninformative():
+    """A claim that everything satisfies is no knowledge."""
+    question = theory.Setting(**SMALL).question("blocks.0.ln1", "second_moment")
+    claim = theory.Claim("user.wide", "Wide.", "a test", "exact", question, 1.0, band=0.2)
+    (verdict,) = reports.verify(claim, workers=1)
+    assert verdict.verdict == UNINFORMATIVE
+    assert "20.0%" in verdict.reason
+
+
+def test_the_error_rate_is_shared_over_what_is_judged():
+    """Half for CONFIRMED, half for REFUTED, divided over the judged questions only."""
+    claims = theory.claims(d_model=16, n_ctx=1)
+    cases = suite.cases_of(claims, 0.025)
+    targets = suite.targets_of(cases, 1e-3)
+    assert 0 < len(targets) < len(cases)
+    total = sum(target.confirm_error + target.refute_error for target in targets)
+    assert total == pytest.approx(1e-3)
+
+
+def test_asking_with_others_changes_no_bit():
+    """The verdict of a claim is the same alone and among others, except for its error share."""
+    claims = [c for c in theory.claims(**SMALL) if c.id in ("chi2023.lemma1", "chi2023.lemma3")]
+    target = suite.targets_of(suite.cases_of(claims[:1], 0.025), 1e-3)
+    together = suite.Campaign(target, suite.Conditions(4)).run(1)
+    others = suite.targets_of(suite.cases_of(claims[1:], 0.025), 1e-3)
+    among = suite.Campaign([*others, *target], suite.Conditions(4)).run(1)[len(others) :]
+    for alone, mixed in zip(together, among, strict=True):
+        assert np.array_equal(alone.measurement.moments.mean, mixed.measurement.moments.mean)
+        assert alone.verdict == mixed.verdict
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"error_rate": 0.0}, "error_rate"),
+        ({"error_rate": 1.5}, "error_rate"),
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"tolerance": float("nan")}, "tolerance"),
+        ({"draws": 0}, "draws"),
+        ({"budget": -1.0}, "budget"),
+        ({"device": "toaster"}, "device"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"workers": -1}, "worker"),
+    ],
+)
+def test_bad_arguments_are_named(options, word):
+    """A refusal names the argument and what was expected."""
+    claims = [c for c in theory.claims(**SMALL) if c.id == "chi2023.lemma1"]
+    with pytest.raises(ValueError, match=f"(?s)expected.*{word}"):
+        reports.verify(claims, **{"workers": 1, **options})
+
+
+def test_dry_run_estimates_are_of_the_right_size():
+    """The planned draws are within a factor of eight of the spent ones, where it matters."""
+    claims = [c for c in theory.claims(**SMALL) if c.id in ("chi2023.lemma3", "zuo2025.cosine")]
+    cases = suite.cases_of(claims, 0.025)
+    estimates = suite.dry_run(cases, suite.Conditions(1), 1e-3, workers=1)
+    run = reports.verify(claims, seed=1, workers=1)
+    for estimate, verdict in zip(estimates, run, strict=True):
+        assert verdict.draws / 8 < estimate.draws < verdict.draws * 8
+        assert estimate.megabytes > 0
