@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -47,9 +48,22 @@ class Measurement:
     def draws(self) -> int:
         return self.moments.count
 
-    @property
+    @cached_property
     def mean(self) -> np.ndarray:
-        return STATISTICS[self.question.observable].value(self.moments.mean)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(STATISTICS[self.question.observable].value(self.moments.mean))
+
+    @property
+    def failure(self) -> FloatingPointError | None:
+        """Why there is no estimate: a ratio of means whose denominator is 0."""
+        bad = ~np.isfinite(self.mean[self.question.judged])
+        if not bad.any():
+            return None
+        where = self.question.positions[int(np.argmax(bad))]
+        return FloatingPointError(
+            f"expected a finite {self.question.observable} at {self.question.place}, got 0/0 at "
+            f"position {where}; the place is 0 there in every draw"
+        )
 
     def _spread(self) -> tuple[np.ndarray, np.ndarray]:
         gradient = STATISTICS[self.question.observable].gradient(self.moments.mean)
@@ -59,11 +73,17 @@ class Measurement:
     def standard_error(self) -> np.ndarray:
         return np.asarray(np.sqrt(self._spread()[0] / self.draws))
 
+    @property
+    def _size(self) -> np.ndarray:
+        """What an event not yet seen may change: the value, or 1 for a cosine or a share."""
+        least = 1.0 if self.question.kind.scale == "absolute" else 0.0
+        return np.maximum(np.abs(self.mean), least)
+
     def half_width(self, error_rate: float) -> np.ndarray:
         """Half of the confidence sequence's interval at every entry, each at `error_rate`."""
         variance, skewness = self._spread()
         return confidence.half_width(
-            self.draws, variance, skewness, error_rate, np.abs(self.mean), RESOLUTION[self.dtype]
+            self.draws, variance, skewness, error_rate, self._size, RESOLUTION[self.dtype]
         )
 
 
@@ -274,6 +294,11 @@ class Campaign:
         for number, target in enumerate(self.targets):
             if number not in self.decisions and target.question in stream.questions:
                 measured = self._measurement(stream, target.question)
+                failure = measured.failure
+                if failure is not None:
+                    stream.failures[target.question] = failure
+                    self.decisions[number] = self._last_look(number)
+                    continue
                 verdict = target.verdict(measured)
                 if verdict != "UNDECIDED":
                     self.decisions[number] = Decision(target, verdict, measured, stream.seconds)
@@ -301,8 +326,10 @@ class Campaign:
 
 
 def _require_finite(decision: Decision) -> Decision:
-    if decision.failure is not None:
-        raise decision.failure
+    measured = decision.measurement
+    failure = decision.failure or (measured.failure if measured else None)
+    if failure is not None:
+        raise failure
     return decision
 
 
@@ -359,4 +386,6 @@ def decide(
     conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
     limit = DEFAULT_DRAWS if draws is None and budget is None else draws
     campaign = Campaign([target], conditions, limit, budget)
-    return _require_finite(campaign.run(workers or default_workers(conditions.device))[0])
+    return _require_finite(
+        campaign.run(default_workers(conditions.device) if workers is None else workers)[0]
+    )

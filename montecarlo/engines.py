@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
@@ -35,16 +36,19 @@ def default_workers(device: str) -> int:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back; processes started meanwhile never see it, the coordinator does after."""
-    if not hasattr(signal, "pthread_sigmask"):
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started meanwhile ignore Ctrl-C from birth: it is for the coordinator alone.
+
+    (Blocking the signal instead does not do: loky unblocks it when it starts its tracker.)
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager
@@ -57,7 +61,7 @@ def engine(workers: int) -> Iterator[Executor]:
         return
     executor = loky.ProcessPoolExecutor(max_workers=workers)
     try:
-        with _interrupts_held():
+        with _interrupts_ignored():
             executor.submit(os.getpid)  # starts every process
         yield executor
     finally:

@@ -54,15 +54,17 @@ def second_moment(x: Tensor, question: Question) -> Tensor:
 
 
 def mean_second_moment(x: Tensor, question: Question) -> Tensor:
-    rows = power_mean(x, question, 2).double()
+    rows = power_mean(x, question, 2).cpu().double()
     counts = torch.ones(rows.shape[1], device="cpu", dtype=torch.float64)
     weights = counts.cumsum(0) if is_pairs(question) else counts
-    return (rows.cpu() @ (weights / weights.sum()))[:, None, None]
+    return (rows @ (weights / weights.sum()))[:, None, None]
 
 
 def coordinate_second_moment(x: Tensor, question: Question) -> Tensor:
     rows, _ = question.shape
-    columns = torch.as_tensor(coordinate_grid(question.architecture.d_model), device=x.device)
+    columns = torch.as_tensor(
+        coordinate_grid(question.architecture.width(question.place)), device=x.device
+    )
     return vectors(x)[:, :rows, columns].square().unsqueeze(1)
 
 
@@ -84,9 +86,11 @@ def gram(x: Float[Tensor, "draws n d"]) -> Float[Tensor, "draws n n"]:
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Unit vectors; a zero vector stays zero, so its cosines are 0."""
-    size = x.norm(dim=-1, keepdim=True)
-    return x / torch.where(size > 0, size, torch.ones_like(size))
+    """x / |x|, 0 for 0; by the largest coordinate first, so that no square leaves the range."""
+    largest = x.abs().amax(-1, keepdim=True)
+    scaled = x / torch.where(largest == 0, 1, largest)
+    size = scaled.norm(dim=-1, keepdim=True)
+    return scaled / torch.where(size == 0, 1, size)
 
 
 def kernel(x: Tensor, question: Question) -> Tensor:
@@ -114,15 +118,18 @@ def adjacent_cosine(x: Tensor, question: Question) -> Tensor:
     return (units[:, :-1] * units[:, 1:]).sum(-1).unsqueeze(1)
 
 
-def _scores(share: Tensor) -> Tensor:
-    return share.double().reshape(-1, 1, 1)
+def _share(found: Tensor, of: float, compared: Tensor) -> Tensor:
+    """found / of, one entry per draw; NaN where a compared value is not finite."""
+    finite = compared.flatten(1).isfinite().all(1)
+    return torch.where(finite.cpu(), found.cpu().double() / of, torch.nan).reshape(-1, 1, 1)
 
 
 def score_triples(x: Tensor, question: Question) -> Tensor:
     """Share of j < k < i with C_ij < C_ik, strictly."""
     length = x.shape[-2] if x.ndim == 3 else x.shape[2]
-    found = torch.stack([ascents(gram(normalised(draw[None]))[0]) for draw in vectors(x)])
-    return _scores(found / (length * (length - 1) * (length - 2) / 6))
+    units = normalised(vectors(x))
+    found = torch.stack([ascents(gram(draw[None])[0]) for draw in units])
+    return _share(found, length * (length - 1) * (length - 2) / 6, units)
 
 
 def ascents(rows: Float[Tensor, "n n"]) -> Tensor:
@@ -151,15 +158,15 @@ def score_steps(x: Tensor, question: Question) -> Tensor:
     length = question.architecture.n_ctx
     cosines = gram(normalised(vectors(x)))
     up = (cosines[:, :, :-1] < cosines[:, :, 1:]).tril(-2)
-    return _scores(up.sum((1, 2)) / ((length - 1) * (length - 2) / 2))
+    return _share(up.sum((1, 2)), (length - 1) * (length - 2) / 2, cosines)
 
 
 def score_norm(x: Tensor, question: Question) -> Tensor:
     """Share of pairs j < k with -|x_j| < -|x_k|, strictly."""
     length = question.architecture.n_ctx
-    sizes = -vectors(x).norm(dim=-1)
+    sizes = -vectors(x).cpu().double().norm(dim=-1)
     falls = (sizes[:, :, None] < sizes[:, None, :]).triu(1)
-    return _scores(falls.sum((1, 2)) / (length * (length - 1) / 2))
+    return _share(falls.sum((1, 2)), length * (length - 1) / 2, sizes)
 
 
 def _ratio_to_square(mean: np.ndarray) -> np.ndarray:

@@ -128,7 +128,7 @@ def block(
         found: list[Moments | FloatingPointError] = []
         for question in questions:
             components = STATISTICS[question.observable].components
-            draws = components(values[question.place], question).double().cpu().numpy()
+            draws = components(values[question.place], question).cpu().double().numpy()
             found.append(
                 _not_finite(draws, question, index * group.block_size) or Moments.of(draws)
             )
@@ -139,9 +139,10 @@ def _not_finite(draws: np.ndarray, question: Question, first: int) -> FloatingPo
     judged = draws[:, :, question.judged]
     if np.isfinite(judged).all():
         return None
-    draw, _, entry = (int(axis[0]) for axis in np.nonzero(~np.isfinite(judged)))
+    draw, part, entry = (int(axis[0]) for axis in np.nonzero(~np.isfinite(judged)))
+    value = judged[draw, part, entry]
     return FloatingPointError(
-        f"expected finite {question.observable} at {question.place}, got {judged[draw, 0, entry]} "
+        f"expected finite {question.observable} at {question.place}, got {value} "
         f"in draw {first + draw} at position {question.positions[entry]}; "
         "use float64 or a smaller std"
     )

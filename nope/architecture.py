@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 AttentionKind = Literal["softmax", "uniform"]
 ActivationName = Literal["relu", "gelu", "identity"]
@@ -49,6 +49,11 @@ def _finite(name: str, value: object, *, positive: bool = False) -> None:
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     _expect(value in allowed, f"{name} to be one of {', '.join(allowed)}", value, f"change {name}")
+
+
+def _divides(n_heads: int, d_model: int) -> None:
+    remedy = f"use one of the divisors of {d_model}"
+    _expect(d_model % n_heads == 0, f"n_heads to divide d_model={d_model}", n_heads, remedy)
 
 
 # ---------------------------------------------------------------- weights and operations
@@ -182,6 +187,7 @@ class Scope:
         return replace(self, prefix=f"{self.prefix}{name}.") if name else self
 
 
+@runtime_checkable
 class Layer(Protocol):
     """What composes: a layer turns the place it reads into operations.
 
@@ -238,12 +244,7 @@ class Attention:
 
     def operations(self, scope: Scope, source: str) -> Iterator[Operation]:
         d, heads = scope.d_model, self.n_heads
-        _expect(
-            d % heads == 0,
-            f"n_heads to divide d_model={d}",
-            heads,
-            f"use one of the divisors of {d}",
-        )
+        _divides(heads, d)
         here = scope.within(self.name)
         pattern, scores = here.place("pattern"), here.place("scores")
         value = _linear(here, source, "v", "V", "value", d, d, self.bias, heads)
@@ -385,6 +386,13 @@ class Architecture:
         linear = (o for o in self.operations if isinstance(o, Linear))
         return next((o.n_heads for o in linear if o.n_heads), 1)
 
+    def width(self, place: str) -> int:
+        """The number of coordinates of a vector place, heads concatenated."""
+        operation = self.places()[place]
+        while isinstance(operation, Activate):
+            operation = self.places()[operation.inputs[0]]
+        return operation.weight.fan_out if isinstance(operation, Linear) else self.d_model
+
     def upstream(self, place: str) -> tuple[Operation, ...]:
         """The operations that `place` needs, in order of computation, `place` included.
 
@@ -434,13 +442,16 @@ def decoder(
     _count("d_model", d_model)
     _count("n_layers", n_layers, least=0)
     _choice("norm_position", norm_position, NORM_POSITIONS)
+    _choice("activation", activation, ACTIVATIONS)
     width = 4 * d_model if d_ff is None else d_ff
     _count("d_ff", width, least=0)
     mix = Attention(n_heads, attention, bias)
+    _divides(n_heads, d_model)
     mlp = MLP(width, activation, bias) if width else None
+    norms = tuple(Norm(name, norm, eps) for name in ("ln1", "ln2", "ln_final"))
 
     def branch(layer: Layer, index: int, total: str) -> tuple[Layer, ...]:
-        scale = Norm(f"ln{index}", norm, eps)
+        scale = norms[index - 1]
         if norm_position == "pre":
             return (Residual(Sequence((scale, layer)), total),)
         residual = Residual(layer, total)
@@ -454,7 +465,7 @@ def decoder(
 
     blocks: tuple[Layer, ...] = tuple(block(index) for index in range(n_layers))
     if norm_position == "pre":
-        blocks += (Norm("ln_final", norm, eps),)
+        blocks += (norms[2],)
     return Architecture(d_model, n_ctx, tokens or GaussianTokens(), Sequence(blocks))
 
 

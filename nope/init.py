@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from nope.architecture import Architecture, Weight, _finite
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where random numbers come from: an array library with a generator and a place to put them."""
 
@@ -30,6 +31,7 @@ class Source(Protocol):
         """All zero."""
 
 
+@runtime_checkable
 class WeightLaw(Protocol):
     """The law of one weight array with independent zero-mean entries."""
 
@@ -74,6 +76,7 @@ class Zero:
         return source.zeros(shape)
 
 
+@runtime_checkable
 class Scheme(Protocol):
     """An initialisation: the law of each weight of an architecture."""
 

@@ -207,11 +207,16 @@ class Question:
         """The positions, counted from 1, that matrix observables look at."""
         return position_grid(self.architecture.n_ctx)
 
+    @property
+    def _coordinates(self) -> np.ndarray:
+        places, place = self.architecture.places(), self.place
+        return coordinate_grid(self.architecture.width(place) if place in places else 1)
+
     @cached_property
     def shape(self) -> tuple[int, ...]:
         """The shape of the observable's array."""
         size, n_ctx = len(self.grid), self.architecture.n_ctx
-        coordinates = coordinate_grid(self.architecture.d_model)
+        coordinates = self._coordinates
         return {
             "positions": (n_ctx,),
             "adjacent": (n_ctx - 1,),
@@ -250,7 +255,7 @@ class Question:
                 return ["all"]
             case "coordinates":
                 return [
-                    [int(r) + 1, int(coordinate_grid(self.architecture.d_model)[c]) + 1]
+                    [int(r) + 1, int(self._coordinates[c]) + 1]
                     for r, c in zip(rows, columns[0], strict=True)
                 ]
             case _:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from math import gcd
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -44,6 +44,7 @@ class Region:
     width: float
 
 
+@runtime_checkable
 class Relation(Protocol):
     """What it means for a claim to hold: its statistic, its region, its picture."""
 

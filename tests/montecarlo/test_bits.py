@@ -87,14 +87,37 @@ def test_the_order_of_questions(alone):
     assert_same_bits(evidence(ASKED[::-1]), alone[::-1])
 
 
-def test_torch_threads_of_the_caller_change_nothing(alone):
-    """A block is computed on one thread, and the caller's setting survives it."""
+@dataclasses.dataclass(frozen=True)
+class Spy:
+    """Standard normal weights, noting the settings under which they are drawn."""
+
+    noted: tuple[list, ...] = dataclasses.field(default_factory=lambda: ([],))
+    variance = 1.0
+    kurtosis = 3.0
+
+    def __hash__(self):
+        return 0
+
+    def law(self, weight, architecture):
+        return self
+
+    def draw(self, source, shape):
+        self.noted[0].append((torch.get_num_threads(), torch.get_float32_matmul_precision()))
+        return source.normal(shape, 1.0)
+
+
+def test_blocks_run_on_one_thread_in_full_precision():
+    """Whatever the caller has set, so that sums have one order; the settings survive it."""
+    spy = Spy()
     torch.set_num_threads(2)
+    torch.set_float32_matmul_precision("medium")
     try:
-        assert_same_bits(evidence(ASKED), alone)
-        assert torch.get_num_threads() == 2
+        measure(nope.Question(architecture(), spy, Q, "second_moment"), device="cpu")
+        assert spy.noted[0] == [(1, "highest")]
+        assert (torch.get_num_threads(), torch.get_float32_matmul_precision()) == (2, "medium")
     finally:
         torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_decision_of_one_question_does_not_end_the_evidence_of_another(alone):
@@ -148,7 +171,7 @@ def test_blocks_and_seeds_are_different_draws():
 
 def test_the_same_seed_is_the_same_measurement():
     """`measure` is a function of its arguments; another seed is other evidence."""
-    one, two, other = (measure(ASKED[0], seed=seed).moments for seed in (7, 7, 8))
+    one, two, other = (measure(ASKED[0], seed=seed, device="cpu").moments for seed in (7, 7, 8))
     assert_same_bits([one], [two])
     assert not np.array_equal(one.mean, other.mean)
 
@@ -210,4 +233,4 @@ def test_what_is_not_finite_ends_its_own_question_only():
     assert fine.failure is None
     assert_same_bits([fine.measurement.moments], evidence([good]))
     with pytest.raises(FloatingPointError, match="got nan in draw 3"):
-        measure([good, bad])
+        measure([good, bad], device="cpu")

@@ -189,7 +189,7 @@ def test_a_measurement_is_that_of_the_sampled_blocks(observable):
             for i in (0, 1)
         ]
     )  # fmt: skip
-    found = measure(question, draws=2 * BLOCK, seed=9)
+    found = measure(question, draws=2 * BLOCK, seed=9, device="cpu")
     expected = statistic.value(draws.mean(0))
     assert np.abs(found.mean - expected).max() <= 1e-12 * np.abs(expected).max()
 

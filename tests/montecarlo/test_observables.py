@@ -297,6 +297,18 @@ def test_noise_scores_one_half(observable):
     assert abs(draws.mean() - 0.5) <= 5 * draws.std() / math.sqrt(len(draws))
 
 
+@pytest.mark.parametrize("observable", SCALE_FREE)
+def test_a_zero_vector_has_cosine_zero(observable):
+    """A dead ReLU layer is no failure: its vector is like no other, and nothing is undefined."""
+    value, question = value_at(STREAM), ask(observable, STREAM)
+    value[:, 2] = 0.0
+    found = STATISTICS[observable].components(value, question)
+    assert found.isfinite().all()
+    if question.kind.shape == "distinct_pairs":
+        assert not found[:, 0, 2].any()
+        assert not found[:, 0, :, 2].any()
+
+
 @pytest.mark.parametrize("observable", ["kurtosis", "kernel_cosine"])
 def test_gradients_of_ratios_are_derivatives(observable):
     """Against the complex step, which has no truncation error: to 1e-12 of the largest."""

@@ -99,8 +99,21 @@ def test_formula_show_evaluates_on_a_grid():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "d", "d=", "=3", "d=1,d=2", "d=1:", "d=3:1", "d=1:2:0", "d=1:2:3:4", "d=nan", "d=1e9:2e9"]
-    + ["m=1:1000000:0.5", "d=inf"],
+    [
+        "",
+        "d",
+        "d=",
+        "=3",
+        "d=1,d=2",
+        "d=1:",
+        "d=3:1",
+        "d=1:2:0",
+        "d=1:2:3:4",
+        "d=nan",
+        "d=1e9:2e9",
+        "m=1:1000000:0.5",
+        "d=inf",
+    ],
 )
 def test_grids_refuse_what_is_not_a_number_or_a_range(text):
     """Nothing typed is evaluated; nothing absurd is computed."""

@@ -1,5 +1,7 @@
 """Expected cosines at finite width: quadrature of a density, expansions, simulation."""
 
+from itertools import pairwise
+
 import mpmath
 import numpy as np
 import pytest
@@ -90,8 +92,8 @@ def test_the_expansion_drops_terms_of_order_d_squared(rho):
     """
     limit = rho * (1 - rho**2) * (1 - 9 * rho**2) / 8
     errors = [scaled_error(2**p, rho) for p in range(6, 10)]
-    once = [2 * b - a for a, b in zip(errors, errors[1:], strict=False)]
-    twice = [(4 * b - a) / 3 for a, b in zip(once, once[1:], strict=False)]
+    once = [2 * b - a for a, b in pairwise(errors)]
+    twice = [(4 * b - a) / 3 for a, b in pairwise(once)]
     assert abs(errors[-1] - limit) < abs(errors[-2] - limit) / sp.Rational(3, 2)
     assert abs(once[-1] - limit) < abs(once[-2] - limit) / 3
     assert abs(twice[-1] - limit) < abs(twice[-2] - limit) / 6

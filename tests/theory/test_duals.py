@@ -74,7 +74,7 @@ def test_relu_survives_rounding_at_the_edge(rho):
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])
 def test_an_mlp_of_known_pre_activations(activation):
-    """E phi(x)^2 at mlp.post for x ~ N(0, d sigma^2), by quadrature, to the nine digits promised."""
+    """E phi(x)^2 at mlp.post for x ~ N(0, d sigma^2), by quadrature, to nine digits."""
     width, std = 16, 0.3
     architecture = nope.decoder(width, 2, n_ctx=3, activation=activation, attention="uniform")
     question = nope.Question(

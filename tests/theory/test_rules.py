@@ -136,7 +136,7 @@ def test_rmsnorm_of_fixed_vectors_by_definition(epsilon):
 
 @pytest.mark.parametrize("epsilon", [sp.Integer(0), sp.Rational(3, 7)])
 def test_layernorm_of_fixed_centred_vectors_by_definition(epsilon):
-    """The same for LayerNorm: K is per coordinate before centring, so (1 - 1/d) K is what is left."""
+    """The same for LayerNorm: K is before centring, so (1 - 1/d) K is what is left."""
     centred = sp.Matrix([[2, -1, -1], [1, -4, 3], [0, 5, -5]])
     rule, normed = norm_rule("layernorm", epsilon), by_definition(centred, epsilon, centring=True)
     kernel = gram(centred) * sp.Rational(3, 2)

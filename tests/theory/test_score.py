@@ -30,14 +30,14 @@ def delta_method_variance(r_ij, r_ik, r_jk):
     correlation = {("a", "b"): r_ij, ("a", "c"): r_ik, ("b", "c"): r_jk}
     mean = {pair: correlation.get(pair, sp.Integer(1)) for pair in PRODUCTS}
 
-    def K(p, q):
+    def kernel(p, q):
         return mean[min(p, q), max(p, q)]
 
     difference = sample("a", "c") - sample("a", "b")
     at = {S[pair]: mean[pair] for pair in PRODUCTS}
     slope = {pair: difference.diff(S[pair]).subs(at) for pair in PRODUCTS}
     return sum(
-        slope[p, q] * slope[s, t] * (K(p, s) * K(q, t) + K(p, t) * K(q, s))
+        slope[p, q] * slope[s, t] * (kernel(p, s) * kernel(q, t) + kernel(p, t) * kernel(q, s))
         for (p, q), (s, t) in product(PRODUCTS, repeat=2)
     )
 
@@ -60,9 +60,7 @@ def test_isserlis_by_enumeration():
     The two-point rule has wrong fourth moments, the three-point rule (0, +-sqrt 3) the right ones.
     """
     nodes = {-1: sp.Rational(1, 6), 0: sp.Rational(2, 3), 1: sp.Rational(1, 6)}
-    moment = sum(
-        nodes[u] * nodes[v] * 9 * u**2 * (u + v) ** 2 for u, v in product(nodes, repeat=2)
-    )
+    moment = sum(nodes[u] * nodes[v] * 9 * u**2 * (u + v) ** 2 for u, v in product(nodes, repeat=2))
     assert moment == 1 * 2 + 2 * 1**2
 
 
@@ -105,7 +103,13 @@ def test_score_law_by_simulation(maps, layernorm):
         value, remainder = adjacency_score(length, width / (maps + 1), variant)
         found, error = simulated_score(C, variant)
         assert remainder < UNINFORMATIVE_BAND
-        assert abs(found - value) <= 5 * error + remainder, (variant, found, value, remainder, error)
+        assert abs(found - value) <= 5 * error + remainder, (
+            variant,
+            found,
+            value,
+            remainder,
+            error,
+        )
 
 
 def test_noise_is_a_coin_and_no_noise_is_certain():
@@ -118,7 +122,7 @@ def test_noise_is_a_coin_and_no_noise_is_certain():
 def plain_average(n_ctx, width, variant):
     """The mean of the triple's law over every triple, nothing interpolated."""
     law = theory.formula("cosine.triple_probability")
-    triples = np.array([t for t in combinations(range(1, n_ctx + 1), 3)])
+    triples = np.array(list(combinations(range(1, n_ctx + 1), 3)))
     if variant == "steps":
         triples = triples[triples[:, 1] == triples[:, 0] + 1]
     left, middle, right = triples.T
