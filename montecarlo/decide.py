@@ -77,7 +77,7 @@ class Measurement:
     def _size(self) -> np.ndarray:
         """What an event not yet seen may change: the value, or 1 for a cosine or a share."""
         least = 1.0 if self.question.kind.scale == "absolute" else 0.0
-        return np.maximum(np.abs(self.mean), least)
+        return np.asarray(np.maximum(np.abs(self.mean), least))
 
     def half_width(self, error_rate: float) -> np.ndarray:
         """Half of the confidence sequence's interval at every entry, each at `error_rate`."""

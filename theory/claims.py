@@ -202,6 +202,7 @@ class Claim:
                 values = np.asarray(found, dtype=float)
                 prediction = Prediction(values, np.zeros(values.shape), Status(self.status))
         self._require_fit(question, prediction.values)
+        self._require_fit(question, prediction.remainder)
         return prediction
 
     def _require_fit(self, question: Question, values: np.ndarray) -> None:

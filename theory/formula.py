@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, reduce
 from typing import TYPE_CHECKING, Any
 
-import mpmath
 import numpy as np
 import scipy.special
 import sympy as sp
@@ -29,6 +28,9 @@ from theory import symbols
 
 if TYPE_CHECKING:
     from theory.derivation import Derivation
+
+
+SERIES_TERMS = 60
 
 
 class Status(enum.StrEnum):
@@ -77,13 +79,20 @@ class NumberPrinter(SciPyPrinter):
 
 
 def hypergeometric(a: Any, b: Any, c: Any, z: Any) -> Any:
-    """2F1(a, b; c; z): SciPy's, and mpmath's where SciPy overflows (z > 0.9 with c > 171)."""
+    """2F1(a, b; c; z): SciPy's, and its own series where SciPy overflows (z > 0.9, c > 171).
+
+    There, with a = b = 1/2, the terms fall like k!/c^k: `SERIES_TERMS` of them are exact.
+    """
     arrays = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (a, b, c, z)))
     with np.errstate(all="ignore"):
         values = np.atleast_1d(scipy.special.hyp2f1(*arrays))
     missing = ~np.isfinite(values)
-    points = zip(*(np.atleast_1d(array)[missing] for array in arrays), strict=True)
-    values[missing] = [float(mpmath.hyp2f1(*point)) for point in points]
+    a, b, c, z = (np.atleast_1d(array)[missing] for array in arrays)
+    term = total = np.ones(len(z))
+    for k in range(SERIES_TERMS):
+        term = term * (a + k) * (b + k) / ((c + k) * (k + 1)) * z
+        total = total + term
+    values[missing] = total
     return values.reshape(arrays[0].shape)
 
 

@@ -108,7 +108,8 @@ class KernelValues:
     """Numbers for the kernels of an architecture at broadcastable positions `m` and `n`.
 
     `rules` maps a place to its rule, `closed` to a symbolic kernel where one without sums is
-    known, `bindings` the names of symbols to numbers.  A place under an average over prefixes
+    known, `bindings` the names of symbols to numbers, `exact` the places that nothing was
+    dropped for.  A place under an average over prefixes
     without a closed kernel needs all positions: those are computed once, n_ctx^2 numbers.
     """
 
@@ -119,9 +120,11 @@ class KernelValues:
         bindings: Mapping[str, float],
         n_ctx: int,
         positions: tuple[np.ndarray, np.ndarray],
+        exact: frozenset[str] = frozenset(),
     ) -> None:
         self._rules, self._closed, self._bindings = rules, closed, bindings
         self._n_ctx, (self._m, self._n) = n_ctx, positions
+        self._exact = exact
         self._memo: dict[tuple[str, str, str], np.ndarray] = {}
 
     @cached_property
@@ -130,7 +133,9 @@ class KernelValues:
         if self._m.shape == (self._n_ctx, 1) and self._n.shape == (1, self._n_ctx):
             return self
         positions = (every[:, None], every[None, :])
-        return KernelValues(self._rules, self._closed, self._bindings, self._n_ctx, positions)
+        return KernelValues(
+            self._rules, self._closed, self._bindings, self._n_ctx, positions, self._exact
+        )
 
     def kernel(self, place: str, view: View = "mn") -> np.ndarray:
         """K(m, n), K(m, m) or K(n, n) at a place."""
@@ -151,10 +156,35 @@ class KernelValues:
         if key not in self._memo:
             rule = self._rules[place]
             own = np.abs(self._evaluate(rule.remainder, rule.sources, view))
-            carried = [self.remainder(source, view) for source in rule.sources]
+            carried = [self._carried(place, source, view) for source in rule.sources]
             pooled = np.maximum.reduce if rule.carried == "largest" else np.add.reduce
             self._memo[key] = own + (pooled(np.broadcast_arrays(*carried)) if carried else 0.0)
         return self._memo[key]
+
+    def _carried(self, place: str, source: str, view: View) -> np.ndarray:
+        """What a place inherits of its source's remainder.
+
+        A prefix mean averages it like the kernel itself; an exact norm leaves none of it on
+        the diagonal.
+        """
+        rule, (left, right) = self._rules[place], self._positions(view)
+        if rule.expression.has(sp.Sum) and source == rule.sources[0]:
+            if source in self._exact:
+                return np.zeros(np.broadcast_shapes(left.shape, right.shape))
+            return self._averaged_remainder(place, source)[left - 1, right - 1]
+        found = self.remainder(source, view)
+        exact = (left == right) & rule.traits.normalised
+        return np.asarray(np.where(exact, 0.0, found))
+
+    def _averaged_remainder(self, place: str, source: str) -> np.ndarray:
+        """The prefix mean of a source's absolute remainder, relative again, at all positions."""
+        whole, rule = self._whole, self._rules[place]
+        sums = (whole.remainder(source) * whole._size(source)).cumsum(0).cumsum(1)
+        averaged = whole._evaluate(rule.expression, rule.sources, "mn", sums)
+        return np.asarray(averaged / whole._size(place))
+
+    def _size(self, place: str) -> np.ndarray:
+        return np.asarray(np.sqrt(self.kernel(place, "mm") * self.kernel(place, "nn")))
 
     def _averaged(self, place: str) -> np.ndarray:
         """A prefix-averaged kernel at all positions."""

@@ -161,6 +161,7 @@ class _Predictor:
             self.bindings,
             self.question.architecture.n_ctx,
             position_arrays(self.question),
+            self.derivation.exact_places(),
         )
 
     def answer(self) -> Prediction:

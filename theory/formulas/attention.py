@@ -37,8 +37,9 @@ def inflation() -> sp.Expr:
 
 
 def inflation_remainder() -> sp.Expr:
-    """The next power of s^2 in either term."""
-    return (sp.exp(s**2) - 1 - s**2) * (1 - 1 / m) + m * s**4 * (1 - 1 / m) ** 2 / d
+    """The next power of s^2 in either term, and the tilt's own 1/m terms, at most 3 s^2/d."""
+    tilt = m * s**4 * (1 - 1 / m) ** 2 / d + 3 * s**2 * (1 - 1 / m) / d
+    return (sp.exp(s**2) - 1 - s**2) * (1 - 1 / m) + tilt
 
 
 def formulas() -> Iterator[Formula]:

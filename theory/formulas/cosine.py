@@ -22,20 +22,26 @@ def gaussian_pair() -> sp.Expr:
 
 
 @cache
-def gaussian_pair_expansion() -> sp.Expr:
-    """The first two terms in 1/d, from Stirling's series and the hypergeometric's own terms."""
+def gaussian_pair_expansion(order: int = 1) -> sp.Expr:
+    """Terms up to 1/d^order (3 at most), from Stirling's series and the hypergeometric's own."""
     x = sp.Symbol("x", positive=True)  # 1/d, so that z = d/2 = 1/(2x)
     z = 1 / (2 * x)
 
     def stirling(h: sp.Expr) -> sp.Expr:
-        """log Gamma(z + h) less (z + h - 1/2) log z - z, to first order in x."""
-        log = sp.series(sp.log(1 + 2 * h * x), x, 0, 4).removeO()
-        return (z + h - sp.Rational(1, 2)) * log - h + 1 / (12 * z)
+        """log Gamma(z + h) less (z + h - 1/2) log z - z and a constant."""
+        log = sp.series(sp.log(1 + 2 * h * x), x, 0, 6).removeO()
+        w = z + h
+        return (w - sp.Rational(1, 2)) * log - h + 1 / (12 * w) - 1 / (360 * w**3)
 
     # The two log z that are left, log(z) + log(2/d), cancel.
-    log_ratio = sp.expand(2 * (stirling(sp.Rational(1, 2)) - stirling(sp.Integer(0))))
-    terms = 1 + rho**2 * sp.Rational(1, 4) / ((1 / x + 2) / 2)
-    expansion = sp.series(sp.exp(log_ratio) * sp.together(terms), x, 0, 2).removeO()
+    half = sp.Rational(1, 2)
+    log_ratio = sp.series(2 * (stirling(half) - stirling(sp.Integer(0))), x, 0, order + 1)
+    terms = [
+        sp.rf(half, k) ** 2 / (sp.rf((1 / x + 2) / 2, k) * sp.factorial(k)) * rho ** (2 * k)
+        for k in range(order + 1)
+    ]
+    product = sp.exp(log_ratio.removeO()) * sp.together(sp.expand_func(sum(terms)))
+    expansion = sp.series(product, x, 0, order + 1).removeO()
     return (rho * sp.factor(expansion)).subs(x, 1 / d)
 
 
@@ -114,7 +120,8 @@ def formulas() -> Iterator[Formula]:
         Status.LEADING_ORDER,
         "derived here",
         r"\mathbb{E}\cos",
-        remainder=sp.Abs(rho) * (1 - rho**2) / d**2,
+        # The next two coefficients, gaussian_pair_expansion(3), are at most 1 and 2.
+        remainder=sp.Abs(rho) * (1 - rho**2) * (1 + 4 / d) / d**2,
     )
     yield Formula(
         "cosine.prefix_means",
@@ -177,10 +184,11 @@ def _row(row: int, width: float, variant: str) -> tuple[float, float]:
 
 
 def _midpoint_pairs(row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of cell centres of (0, row), and per cell one pair a third of it apart."""
-    cell = row / LARGE
-    centres = (np.arange(LARGE) + 0.5) * cell
+    """Pairs of centres of the cells of 1..row-1, and per cell one pair at its mean distance."""
+    cell = (row - 1) / LARGE
+    centres = 0.5 + (np.arange(LARGE) + 0.5) * cell
     first, second = np.triu_indices(LARGE, 1)
-    left = np.concatenate([centres[first], centres - cell / 6])
-    right = np.concatenate([centres[second], centres + cell / 6])
-    return left, right, np.concatenate([np.ones(len(first)), np.full(LARGE, 0.5)])
+    left = np.concatenate([centres[first], centres - (cell + 1) / 6])
+    right = np.concatenate([centres[second], centres + (cell + 1) / 6])
+    within = np.full(LARGE, (1 - 1 / cell) / 2)
+    return left, right, np.concatenate([np.ones(len(first)), within])

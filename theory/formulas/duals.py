@@ -9,13 +9,13 @@ from theory.symbols import a, b, c
 
 
 def relu() -> sp.Expr:
-    """sqrt(ab)/(2 pi) (sqrt(1 - r^2) + r (pi - arccos r)), r = c / sqrt(ab).
+    """(w + c (pi - t))/(2 pi), w = sqrt(ab - c^2) and t = atan2(w, c), the angle of the pair.
 
-    Source: Cho and Saul 2009, degree 1.  Max(0, .) changes nothing but the rounding at r = 1.
+    Source: Cho and Saul 2009, degree 1.  Max(0, .) changes nothing but the rounding at t = 0,
+    and one angle for both terms keeps it to the last digits there.
     """
-    r = c / sp.sqrt(a * b)
-    height = sp.sqrt(sp.Max(0, 1 - r**2))
-    return sp.sqrt(a * b) / (2 * sp.pi) * (height + r * (sp.pi - sp.acos(r)))
+    height = sp.sqrt(sp.Max(0, a * b - c**2))
+    return (height + c * (sp.pi - sp.atan2(height, c))) / (2 * sp.pi)
 
 
 def gelu() -> sp.Expr:

@@ -76,6 +76,21 @@ def coordinate_variance(M: np.ndarray, token_std: float, position: int) -> np.nd
     delta method for Gaussian y gives
     E (P y)_j^2/Q = T_jj/tau (1 + 2 tr T^2/(d tau)^2) - 2 (T^2)_jj/(d tau^2).  Derived here.
     """
+    width, T = len(M), _normed_covariance(M, token_std, position)
+    tau = np.trace(T) / width
+    squares = np.einsum("ij,ij->i", T, T)
+    second_order = 1 + 2 * squares.sum() / (width * tau) ** 2
+    return np.asarray(np.diag(T) / tau * second_order - 2 * squares / (width * tau**2))
+
+
+def norm_fluctuation(M: np.ndarray, token_std: float, position: int) -> float:
+    """Relative variance 2 tr T^2/(tr T)^2 of |P y_m|^2 over inputs, T as in coordinate_variance."""
+    T = _normed_covariance(M, token_std, position)
+    return float(2 * (T * T).sum() / np.trace(T) ** 2)
+
+
+def _normed_covariance(M: np.ndarray, token_std: float, position: int) -> np.ndarray:
+    """T = P S P, the covariance of the centred stream."""
     width = len(M)
     P = np.eye(width) - 1 / width
     norm = np.sqrt(2) * np.exp(gammaln(width / 2) - gammaln((width - 1) / 2))
@@ -83,8 +98,4 @@ def coordinate_variance(M: np.ndarray, token_std: float, position: int) -> np.nd
     MP = M @ P
     cross = token_std * c * (MP + MP.T)
     S = token_std**2 * np.eye(width) + (width / (width - 1) * MP @ M.T + cross) / position
-    T = P @ S @ P
-    tau = np.trace(T) / width
-    squares = np.einsum("ij,ij->i", T, T)
-    second_order = 1 + 2 * squares.sum() / (width * tau) ** 2
-    return np.asarray(np.diag(T) / tau * second_order - 2 * squares / (width * tau**2))
+    return np.asarray(P @ S @ P)

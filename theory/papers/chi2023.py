@@ -14,7 +14,7 @@ from nope.questions import Question, Weights, coordinate_grid, given_weights
 from theory.claims import Claim, Setting, best_theory
 from theory.formula import Status
 from theory.formulas import formula
-from theory.formulas.stream import coordinate_variance
+from theory.formulas.stream import coordinate_variance, norm_fluctuation
 from theory.predict import Prediction, bindings, position_arrays
 
 PAPER = "Chi et al. 2023 (arXiv 2305.13571)"
@@ -234,21 +234,24 @@ def _lemma4_values(question: Question, name: str, remainder: bool = False) -> Pr
     values = law(**{symbol: symbols[symbol] for symbol in law.symbols})
     dropped = np.zeros(question.shape)
     if remainder:
-        dropped = np.abs(second_order_lemma4(question).values - values)
+        better = second_order_lemma4(question)
+        dropped = np.abs(better.values - values) + better.remainder
     return Prediction(values, dropped, law.status, law)
 
 
 def second_order_lemma4(question: Question) -> Prediction:
     """Lemma 4 from the exact covariance of y and the norm's fluctuation to order 1/d.
 
-    Its remainder is the size of the next order: the correction times the fluctuation, 6/d.
+    Its remainder is the next order's size: delta^(3/2) of the value, delta the relative
+    variance of |y|^2 over inputs, about 6/d.  (Found to hold against the exact integral at
+    m = 1 for d from 16 to 256: the error is at most 0.62 of it.)
     """
     M, std = _value_map(question), question.architecture.tokens.std
     coordinates = coordinate_grid(len(M))
     rows = [coordinate_variance(M, std, m + 1)[coordinates] for m in range(question.shape[0])]
     values = np.stack(rows)
-    first = np.abs(values - _lemma4_values(question, "residual.coordinate_variance").values)
-    return Prediction(values, first * min(1.0, 6 / len(M)), Status.LEADING_ORDER)
+    delta = [norm_fluctuation(M, std, m + 1) for m in range(question.shape[0])]
+    return Prediction(values, values * np.array(delta)[:, None] ** 1.5, Status.LEADING_ORDER)
 
 
 def _inflation(question: Question) -> tuple[np.ndarray, np.ndarray]:

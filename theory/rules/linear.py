@@ -29,6 +29,8 @@ def _(operation: Linear, traits: Mapping[str, Traits]) -> Rule:
     if operation.bias is not None:
         expression += symbols.sigma_b**2
     kurtosis = None if before.norm_kurtosis is None else 3 * before.norm_kurtosis
+    if operation.bias is not None and before.norm_kurtosis != 1:
+        kurtosis = None  # given x, a coordinate is N(0, sigma^2 |x|^2 + sigma_b^2)
     return Rule(
         name="linear map",
         statement="Independent zero-mean weights multiply the kernel by fan_in times a variance.",
