@@ -155,7 +155,7 @@ class KernelValues:
         key = ("remainder", place, view)
         if key not in self._memo:
             rule = self._rules[place]
-            own = np.abs(self._evaluate(rule.remainder, rule.sources, view))
+            own: np.ndarray = np.abs(self._evaluate(rule.remainder, rule.sources, view))
             carried = [self._carried(place, source, view) for source in rule.sources]
             pooled = np.maximum.reduce if rule.carried == "largest" else np.add.reduce
             self._memo[key] = own + (pooled(np.broadcast_arrays(*carried)) if carried else 0.0)
@@ -171,7 +171,8 @@ class KernelValues:
         if rule.expression.has(sp.Sum) and source == rule.sources[0]:
             if source in self._exact:
                 return np.zeros(np.broadcast_shapes(left.shape, right.shape))
-            return self._averaged_remainder(place, source)[left - 1, right - 1]
+            averaged = self._averaged_remainder(place, source)
+            return np.asarray(averaged[left - 1, right - 1])
         found = self.remainder(source, view)
         exact = (left == right) & rule.traits.normalised
         return np.asarray(np.where(exact, 0.0, found))
