@@ -145,6 +145,7 @@ def derive(architecture: Architecture, place: str) -> Derivation:
     return Derivation(place, tuple(steps), names)
 
 
+@lru_cache(maxsize=1024)
 def simplify_kernel(expr: sp.Expr) -> sp.Expr:
     """Carry out the sums over Kronecker deltas and write Min(m, n)/(m n) as 1/Max(m, n)."""
     expr = expr.replace(lambda e: isinstance(e, sp.Sum), _prefix_sum)
