@@ -241,6 +241,7 @@ def print_run(run: Run, out: Path | None) -> None:
     console.print(table)
     for verdict in run:
         if verdict.verdict == REFUTED and len(verdict.positions) > 1:
+            console.print(f"{verdict.claim}, measured against theory:", highlight=False)
             console.print(_curve(verdict))
     for verdict in run:
         if verdict.reason or verdict.verdict == "UNDECIDED" or verdict.surprising:
@@ -261,7 +262,7 @@ def _worst_cells(verdict: Verdict) -> tuple[str, ...]:
     if worst is None:
         return ("-", "-", "-", "-", str(verdict.draws), f"{verdict.seconds:.1f}")
     return (
-        suite.position_name(worst["position"]),
+        suite.position_name(worst["position"], verdict.question["observable"]),
         f"{worst['prediction']:.4g}",
         f"{worst['estimate']:.4g}",
         f"{_end(worst['low'])} to {_end(worst['high'])}",
@@ -276,19 +277,16 @@ def _end(value: float | None) -> str:
 
 def _curve(verdict: Verdict) -> Table:
     """A refuted curve at a few positions: theory, measurement and their ratio."""
-    table = Table(title=f"{verdict.claim}, measured against theory", title_justify="left")
-    keep = [k for k, label in enumerate(verdict.positions) if not isinstance(label, list)]
-    keep = keep or _neighbours(verdict.positions)
+    keep = _worth_showing(verdict)
     chosen = [keep[k] for k in np.unique(np.geomspace(1, len(keep), CURVE_ROWS).astype(int) - 1)]
-    table.add_column("position")
+    table = Table("position")
     for k in chosen:
         label = verdict.positions[k]
-        table.add_column(
-            str(label if not isinstance(label, list) else tuple(label)), justify="right"
-        )
+        shown = tuple(label) if isinstance(label, list) else label
+        table.add_column(str(shown), justify="right")
     rows = {"theory": verdict.prediction, "measured": verdict.estimate}
     for name, values in rows.items():
-        table.add_row(name, *(f"{values[k]:.4g}" for k in chosen))
+        table.add_row(name, *(f"{_end(values[k])}" for k in chosen))
     ratios = []
     for k in chosen:
         top, bottom = verdict.estimate[k], verdict.prediction[k]
@@ -297,13 +295,18 @@ def _curve(verdict: Verdict) -> Table:
     return table
 
 
-def _neighbours(positions: list[Any]) -> list[int]:
-    """Of all pairs, those next to the diagonal of the grid."""
-    last: dict[Any, int] = {}
+def _worth_showing(verdict: Verdict) -> list[int]:
+    """All entries of a curve; of pairs, those next to the diagonal; of coordinates, one row."""
+    positions = verdict.positions
+    if not isinstance(positions[0], list):
+        return list(range(len(positions)))
+    if verdict.question["observable"].startswith("coordinate"):
+        return [k for k, (row, _) in enumerate(positions) if row == positions[0][0]]
+    nearest: dict[Any, int] = {}
     for k, (row, column) in enumerate(positions):
-        if row not in last or positions[last[row]][1] < column:
-            last[row] = k
-    return list(last.values())
+        if row not in nearest or positions[nearest[row]][1] < column:
+            nearest[row] = k
+    return list(nearest.values())
 
 
 # ---------------------------------------------------------------------------- formulas

@@ -267,7 +267,7 @@ def _words(case: Case, decision: Decision, worst: dict[str, Any] | None) -> str:
     rule = claim.relation.words(claim.band or case.tolerance, kind.scale)
     if decision.measurement is None or worst is None:
         return f"{claim.statement} {UNDECIDED}: {decision.failure or 'nothing was drawn'}."
-    where = f"at {position_name(worst['position'])}"
+    where = f"at {position_name(worst['position'], case.question.observable)}"
     found = f"{worst['estimate']:.4g} [{worst['low']:.4g}, {worst['high']:.4g}]"
     draws = f"{decision.measurement.draws} draws"
     if decision.verdict == "CONFIRMED":
@@ -284,8 +284,10 @@ def _words(case: Case, decision: Decision, worst: dict[str, Any] | None) -> str:
     )
 
 
-def position_name(position: Any) -> str:
+def position_name(position: Any, observable: str) -> str:
     """A judged entry's label in words."""
+    if observable.startswith("coordinate"):
+        return "m = {}, j = {}".format(*position)
     if isinstance(position, list | tuple):
         return f"({', '.join(map(str, position))})"
     return "all positions" if position == "all" else f"m = {position}"

@@ -170,7 +170,8 @@ def _lemma4(setting: Setting) -> Iterator[Claim]:
     size = 2 * kappa**0.5 / (1 + kappa) / setting.d_model**0.5
     cross = (
         f"The cross term 2 sigma_x M_jj has a standard deviation of {size:.2%} of the variance at "
-        f"m = 1 (kappa = d^2 sigma^4/sigma_x^2 = {kappa:.3g}); it is largest at kappa = 1."
+        f"m = 1 (kappa = d^2 sigma^4/sigma_x^2 = {kappa:.3g}).  It is largest at kappa = 1, "
+        f"where token_std is {setting.d_model * setting.std**2:.4g}."
     )
     yield Claim(
         "chi2023.lemma4.printed",
