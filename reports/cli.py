@@ -243,6 +243,8 @@ def print_run(run: Run, out: Path | None) -> None:
         if verdict.verdict == REFUTED and len(verdict.positions) > 1:
             console.print(f"{verdict.claim}, measured against theory:", highlight=False)
             console.print(_curve(verdict))
+    for claim, remark in {v.claim: v.remark for v in run if v.remark}.items():
+        console.print(f"{claim}: {remark}", highlight=False)
     for verdict in run:
         if verdict.reason or verdict.verdict == "UNDECIDED" or verdict.surprising:
             console.print(f"{verdict.name}: {verdict.words}", highlight=False)

@@ -131,7 +131,8 @@ def _matrix(figure: Figure, verdict: Verdict) -> None:
     for shade, (row, columns, found) in zip(shades, _rows_of(verdict), strict=False):
         unit = (found["band_high"] - found["band_low"]) / 2
         middle = (found["band_high"] + found["band_low"]) / 2
-        left.plot(columns, found["prediction"], color=shade, lw=1.2, label=f"m = {row}")
+        line: dict[str, Any] = {"marker": "_", "ls": "", "ms": 9} if coordinates else {"lw": 1.2}
+        left.plot(columns, found["prediction"], color=shade, label=f"m = {row}", **line)
         error = [found["estimate"] - found["low"], found["high"] - found["estimate"]]
         style: dict[str, Any] = {"color": shade, "fmt": ".", "ms": 4, "lw": 0.8}
         left.errorbar(columns, found["estimate"], yerr=error, **style)
@@ -146,7 +147,10 @@ def _matrix(figure: Figure, verdict: Verdict) -> None:
     left.set_ylabel(verdict.question["observable"].replace("_", " "))
     right.set_ylabel("simulation - theory, in bands")
     left.legend(
-        frameon=False, fontsize=8, title="lines: theory, dots: simulation", title_fontsize=7
+        frameon=False,
+        fontsize=8,
+        title=f"{'dashes' if coordinates else 'lines'}: theory, dots: simulation",
+        title_fontsize=7,
     )
 
 

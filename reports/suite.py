@@ -199,7 +199,7 @@ def _judged(case: Case, region: Region, decision: Decision) -> Verdict:
     worst = _worst(region, estimate, decision)
     return Verdict(
         verdict=decision.verdict,
-        words=_words(case, decision, worst),
+        words=_words(case, decision, worst, float(np.max(prediction.remainder, initial=0.0))),
         question=describe(question),
         positions=question.positions,
         shape=list(question.shape),
@@ -260,11 +260,11 @@ def _detectable(region: Region, decision: Decision) -> float | None:
     return float(relative.min(initial=np.inf))
 
 
-def _words(case: Case, decision: Decision, worst: dict[str, Any] | None) -> str:
+def _words(case: Case, decision: Decision, worst: dict[str, Any] | None, remainder: float) -> str:
     """The verdict as a sentence."""
     claim, target = case.claim, decision.target
     kind = case.question.kind
-    rule = claim.relation.words(claim.band or case.tolerance, kind.scale)
+    rule = claim.relation.words(claim.band or case.tolerance, kind.scale, remainder)
     if decision.measurement is None or worst is None:
         return f"{claim.statement} {UNDECIDED}: {decision.failure or 'nothing was drawn'}."
     where = f"at {position_name(worst['position'], case.question.observable)}"

@@ -61,8 +61,8 @@ class Relation(Protocol):
     def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
         """Where the statistic must lie."""
 
-    def words(self, tolerance: float, scale: str) -> str:
-        """The relation in words."""
+    def words(self, tolerance: float, scale: str, remainder: float) -> str:
+        """The relation in words; `remainder` is the largest that a band was widened by."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,14 @@ class Equals:
         widest = (width / np.where(scale > 0, scale, 1.0))[question.judged].max(initial=0.0)
         return Region(question, values, low, high, float(widest))
 
-    def words(self, tolerance: float, scale: str) -> str:
+    def words(self, tolerance: float, scale: str, remainder: float) -> str:
         units = {
             "relative": f"{tolerance:.2%} of the prediction",
             "kernel": f"{tolerance:.2%} of sqrt(K_mm K_nn) of the prediction",
             "absolute": f"{tolerance:.3g} of the prediction, in absolute terms",
         }
-        return f"within {units[scale]} (plus its remainder, if any)"
+        extra = f", and a remainder of up to {remainder:.2g}" if remainder > 0 else ""
+        return f"within {units[scale]}{extra}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Ordered:
         low = np.where(steps.judged, 0.0, -np.inf)
         return Region(steps, values, low, np.full(steps.shape, np.inf), 0.0)
 
-    def words(self, tolerance: float, scale: str) -> str:
+    def words(self, tolerance: float, scale: str, remainder: float) -> str:
         return "rising at every step towards the query, with no tolerance"
 
 
