@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -26,9 +26,16 @@ from nope.questions import Question
 
 Verdict = Literal["CONFIRMED", "REFUTED", "UNDECIDED"]
 
+
+def _on_diagonal(judged: np.ndarray) -> np.ndarray:
+    """Which of the judged entries of a matrix lie on its diagonal."""
+    return np.asarray(np.eye(len(judged), dtype=bool)[judged])
+
+
 Found = Moments | FloatingPointError
 
 RESOLUTION = {"float32": 2.0**-23, "float64": 2.0**-52}
+SMALLEST = {name: float(np.finfo(name).tiny) / RESOLUTION[name] for name in RESOLUTION}
 DEFAULT_DRAWS = 100_000
 
 
@@ -55,14 +62,28 @@ class Measurement:
 
     @property
     def failure(self) -> FloatingPointError | None:
-        """Why there is no estimate: a ratio of means whose denominator is 0."""
-        bad = ~np.isfinite(self.mean[self.question.judged])
+        """Why there is no estimate: the place is 0 in every draw, or so small that it underflows.
+
+        A second or fourth moment is trusted down to the smallest normal number over the
+        rounding error; a cosine that is exactly 0 in every draw is that of zero vectors.
+        """
+        judged, observable = self.question.judged, self.question.observable
+        moments = np.abs(self.moments.mean[:, judged])
+        if self.question.kind.scale == "absolute":
+            vanished = (moments[0] == 0) & (self._spread()[0][judged] == 0)
+            bad = vanished & observable.startswith(("cosine", "adjacent", "kernel"))
+        elif self.question.kind.scale == "kernel":
+            bad = np.zeros(moments.shape[1], dtype=bool)
+            bad[_on_diagonal(judged)] = np.abs(np.diagonal(self.mean)) < SMALLEST[self.dtype]
+        else:
+            bad = (moments < SMALLEST[self.dtype]).any(0)
+        bad |= ~np.isfinite(self.mean[judged])
         if not bad.any():
             return None
         where = self.question.positions[int(np.argmax(bad))]
         return FloatingPointError(
-            f"expected a finite {self.question.observable} at {self.question.place}, got 0/0 at "
-            f"position {where}; the place is 0 there in every draw"
+            f"expected {observable} at {self.question.place} within the range of {self.dtype}, got "
+            f"0 or an underflow at position {where}; use float64 or a larger std"
         )
 
     def _spread(self) -> tuple[np.ndarray, np.ndarray]:
@@ -198,6 +219,9 @@ def _timed_block(
     return sampler.block(group, questions, index, conditions), time.perf_counter() - begin
 
 
+Flying = dict[Future[Any], tuple[_Stream, int, list[Question]]]
+
+
 class Campaign:
     """Many targets decided together.
 
@@ -207,7 +231,8 @@ class Campaign:
     asked alone or with others.
 
     `draws` caps the draws per question (rounded up to whole blocks); `budget` stops in
-    seconds and is then not deterministic; `stop` is polled after each block.
+    seconds and is then not deterministic; `stop` is polled after each block.  When a worker
+    process dies, what is known by then is kept and `broken` is set.
     """
 
     def __init__(
@@ -226,6 +251,7 @@ class Campaign:
         self.conditions, self.budget = conditions, budget
         self.stop, self.progress = stop, progress
         self.decisions: dict[int, Decision] = {}
+        self.broken = False
         self.streams: list[_Stream] = []
         limit = draws if draws is not None else np.iinfo(np.int64).max
         for target in self.targets:
@@ -240,39 +266,37 @@ class Campaign:
 
     def run(self, workers: int = 1, in_flight: int | None = None) -> list[Decision]:
         """Draw until all is decided or the draws, the budget or the patience ends."""
-        begin, flying = (
-            time.perf_counter(),
-            dict[Future[Any], tuple[_Stream, int, list[Question]]](),
-        )
-        room = in_flight or 2 * workers
+        deadline = np.inf if self.budget is None else time.perf_counter() + self.budget
         with engine(workers) as executor:
-            while True:
-                over = self.budget is not None and time.perf_counter() - begin > self.budget
-                ending = over or self.stop()
-                while not ending and len(flying) < room:
-                    stream = self._next_stream(flying)
-                    if stream is None:
-                        break
-                    asked = list(stream.questions)
-                    future = executor.submit(
-                        _timed_block, stream.group, asked, stream.submitted, self.conditions
-                    )
-                    flying[future] = (stream, stream.submitted, asked)
-                    stream.submitted += 1
-                if not flying:
-                    break
-                for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                    stream, index, asked = flying.pop(future)
-                    found, seconds = future.result()
-                    stream.waiting[index] = (asked, found, seconds)
-                for stream in self.streams:
-                    self._advance(stream)
-                self.progress(self)
+            try:
+                self._draw(executor, in_flight or 2 * workers, deadline)
+            except BrokenExecutor:
+                self.broken = True
         return [self.decisions.get(k) or self._last_look(k) for k in range(len(self.targets))]
 
-    def _next_stream(
-        self, flying: dict[Future[Any], tuple[_Stream, int, list[Question]]]
-    ) -> _Stream | None:
+    def _draw(self, executor: Executor, room: int, deadline: float) -> None:
+        """Keep `room` blocks in flight, merge what comes back, look when it is time."""
+        flying: Flying = {}
+        while True:
+            ending = time.perf_counter() > deadline or self.stop()
+            while not ending and len(flying) < room:
+                stream = self._next_stream(flying)
+                if stream is None:
+                    break
+                asked = list(stream.questions)
+                task = (stream.group, asked, stream.submitted, self.conditions)
+                flying[executor.submit(_timed_block, *task)] = (stream, stream.submitted, asked)
+                stream.submitted += 1
+            if not flying:
+                return
+            for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                stream, index, asked = flying.pop(future)
+                stream.waiting[index] = (asked, *future.result())
+            for stream in self.streams:
+                self._advance(stream)
+            self.progress(self)
+
+    def _next_stream(self, flying: Flying) -> _Stream | None:
         """The stream that has had the least time, blocks in flight counted as average ones."""
         ahead = [stream for stream, _, _ in flying.values()]
 
@@ -285,7 +309,7 @@ class Campaign:
 
     def _advance(self, stream: _Stream) -> None:
         while stream.questions and stream.absorb():
-            if stream.draws >= min(stream.look_at, stream.limit):
+            if stream.draws >= stream.look_at:
                 self._look(stream)
                 stream.look_at = confidence.next_look(stream.draws)
 
@@ -381,7 +405,9 @@ def decide(
     question.require_applicable()
     bounds = [np.broadcast_to(np.asarray(x, dtype=float), question.shape) for x in (low, high)]
     if not (bounds[0] <= bounds[1]).all():
-        raise ValueError("expected low <= high at every entry, got the opposite; swap them")
+        raise ValueError(
+            f"expected low <= high at every entry, got {low!r} and {high!r}; swap them"
+        )
     target = Target(question, bounds[0], bounds[1], error_rate / 2, error_rate / 2)
     conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
     limit = DEFAULT_DRAWS if draws is None and budget is None else draws

@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from typing import Any
 
 import loky
+
+WATCH_SECONDS = 1.0
 
 
 class InProcess(Executor):
@@ -51,6 +54,17 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+def _end_with(coordinator: int) -> None:
+    """End this worker when its coordinator is gone, however it went."""
+
+    def watch() -> None:
+        while os.getppid() == coordinator:
+            time.sleep(WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def engine(workers: int) -> Iterator[Executor]:
     """An engine of `workers` processes, this one alone for 1."""
@@ -59,7 +73,7 @@ def engine(workers: int) -> Iterator[Executor]:
     if workers == 1:
         yield InProcess()
         return
-    executor = loky.ProcessPoolExecutor(max_workers=workers)
+    executor = loky.ProcessPoolExecutor(workers, initializer=_end_with, initargs=(os.getpid(),))
     try:
         with _interrupts_ignored():
             executor.submit(os.getpid)  # starts every process

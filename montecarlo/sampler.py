@@ -20,7 +20,7 @@ from torch import Tensor
 from montecarlo.moments import Moments
 from montecarlo.observables import STATISTICS
 from nope import streams, transformer
-from nope.architecture import Architecture, Weight
+from nope.architecture import Activate, Architecture, Mix, Weight, _count
 from nope.devices import DTYPES
 from nope.init import Scheme
 from nope.questions import Question, Weights, given_weights, stream_key
@@ -46,8 +46,15 @@ class Group:
     def elements(self) -> int:
         """Roughly how many numbers one draw holds; blind to the kind of attention."""
         d, length = self.architecture.d_model, self.architecture.n_ctx
-        weights = 0 if self.given else 4 * d * d
-        return 8 * length * d + self.architecture.n_heads * length**2 + weights
+        total = 4 * length * d
+        for operation in self.architecture.operations:
+            if isinstance(operation, Mix):
+                weights = 0 if self.given else 4 * d * d
+                total += weights + 4 * length * d + self.architecture.n_heads * length**2
+            elif isinstance(operation, Activate):
+                width = self.architecture.width(operation.place)
+                total += (0 if self.given else 2 * d * width) + 2 * length * width
+        return total
 
     @property
     def block_size(self) -> int:
@@ -63,6 +70,9 @@ class Conditions:
     seed: int = 0
     device: str = "cpu"
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _count("seed", self.seed, least=0)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral, Real
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 AttentionKind = Literal["softmax", "uniform"]
@@ -36,13 +37,13 @@ def _expect(condition: bool, expected: str, got: object, remedy: str) -> None:
 
 
 def _count(name: str, value: object, least: int = 1) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    ok = isinstance(value, Integral) and type(value) is not bool and int(value) >= least
     _expect(ok, f"{name} to be a whole number of at least {least}", value, f"change {name}")
 
 
 def _finite(name: str, value: object, *, positive: bool = False) -> None:
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    ok = ok and (float(value) > 0 if positive else float(value) >= 0)  # type: ignore[arg-type]
+    number = float(value) if isinstance(value, Real) and type(value) is not bool else math.nan
+    ok = math.isfinite(number) and (number > 0 if positive else number >= 0)
     kind = "positive" if positive else "non-negative"
     _expect(ok, f"{name} to be a finite {kind} number", value, f"change {name}")
 

@@ -54,16 +54,19 @@ def evaluate(
     """
     wanted = tuple(places)
     needed = {o.place for place in wanted for o in architecture.upstream(place)}
+    steps = [operation for operation in architecture.operations if operation.place in needed]
+    last_use = {name: step for step, operation in enumerate(steps) for name in operation.inputs}
     values: dict[str, Tensor] = {}
-    for operation in architecture.operations:
-        if operation.place not in needed:
-            continue
+    for step, operation in enumerate(steps):
         if isinstance(operation, Embed):
             values[operation.place] = tokens
             continue
         arrays = {w.path: weight(w) for w in operation.weights}
         inputs = [values[name] for name in operation.inputs]
         values[operation.place] = apply(operation, inputs, arrays)
+        for name in set(operation.inputs).difference(wanted):
+            if last_use[name] == step:
+                del values[name]
     return {place: values[place] for place in wanted}
 
 

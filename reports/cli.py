@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +28,8 @@ from reports import grids, suite
 from reports.verdicts import REFUTED, Run, Verdict
 from theory.claims import Claim, select
 
-INTERRUPTED = 130
+INTERRUPTED, BAD_USAGE, UNFORESEEN = 130, 2, 70
+REFUSALS = (ValueError, LookupError, OSError, ArithmeticError, MemoryError, RuntimeError)
 CURVE_ROWS = 8
 COLOURS = {"CONFIRMED": "green", "REFUTED": "red", "UNDECIDED": "yellow"}
 
@@ -45,15 +48,21 @@ def _console() -> Console:
 
 
 def main() -> None:
-    """The entry point; a refusal is one line on standard error and exit status 2."""
+    """The entry point; a refusal is one line on standard error and exit status 2.
+
+    Anything unforeseen keeps its traceback and ends with 70, never with the 1 of a surprise.
+    """
     try:
         app()
-    except (ValueError, LookupError, NotImplementedError, OSError, FloatingPointError) as error:
+    except REFUSALS as error:
         message = error.args[0] if isinstance(error, LookupError) and error.args else error
-        print(f"nope: {message}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        print(f"nope: {str(message).splitlines()[0]}", file=sys.stderr)
+        sys.exit(BAD_USAGE)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(UNFORESEEN)
 
 
 @app.callback(invoke_without_command=True)
@@ -111,6 +120,8 @@ def verify(
         "token_std": token_std,
     }
     chosen = select(theory.claims(**sizes), claims or ())
+    if not 0 < tolerance < np.inf:
+        raise ValueError(f"expected tolerance above 0, got {tolerance}; change --tolerance")
     if list_claims:
         _print_claims(chosen, tolerance)
         return
@@ -118,6 +129,7 @@ def verify(
         conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
         _print_dry_run(chosen, tolerance, error_rate, conditions, workers)
         return
+    _require_writable(out, json_file)
     with interruptible() as interrupted, progress_bar(len(chosen)) as progress:
         run = suite.verify(
             chosen,
@@ -139,6 +151,20 @@ def verify(
     raise typer.Exit(INTERRUPTED if interrupted.flag else run.exit_status)
 
 
+def _require_writable(out: Path | None, json_file: Path | None) -> None:
+    """Refuse before the work what could not be written after it."""
+    folder = None if json_file is None else json_file.parent
+    for place, made in ((out, True), (folder, False)):
+        if place is None:
+            continue
+        if made and not place.exists():
+            place.mkdir(parents=True)
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise ValueError(f"expected a directory to write in, got {place}; name another")
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"expected a file for --json, got the directory {json_file}; name a file")
+
+
 @dataclass
 class Interrupted:
     """Whether Ctrl-C was pressed."""
@@ -148,7 +174,7 @@ class Interrupted:
 
 @contextmanager
 def interruptible() -> Iterator[Interrupted]:
-    """The first Ctrl-C asks to stop at the end of a block; a second one stops at once."""
+    """The first Ctrl-C or SIGTERM asks to stop at the end of a block; a second stops at once."""
     state = Interrupted()
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -156,11 +182,14 @@ def interruptible() -> Iterator[Interrupted]:
             raise KeyboardInterrupt
         state.flag = True
 
-    previous = signal.signal(signal.SIGINT, handler)
+    previous = {
+        number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield state
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, kept in previous.items():
+            signal.signal(number, kept)
 
 
 @contextmanager
@@ -249,10 +278,14 @@ def print_run(run: Run, out: Path | None) -> None:
         if verdict.reason or verdict.verdict == "UNDECIDED" or verdict.surprising:
             console.print(f"{verdict.name}: {verdict.words}", highlight=False)
     info = run.info
+    undecided = any(verdict.verdict == "UNDECIDED" for verdict in run)
+    if undecided and info["budget"] is not None:
+        console.print("How far an UNDECIDED claim gets in a time budget varies; --draws does not.")
     console.print(
         f"Error rate of the run {info['error_rate']:g}, tolerance {info['tolerance']:g}, seed "
         f"{info['seed']}, {info['device']} {info['dtype']}, {info['seconds']:.0f} s."
-        + (" Interrupted." if info["interrupted"] else ""),
+        + (" Interrupted." if info["interrupted"] else "")
+        + (" A worker process died: what was known by then is kept." if info["broken"] else ""),
         highlight=False,
     )
     if out is not None:

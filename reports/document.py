@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections import Counter
 from functools import cache
@@ -21,11 +22,14 @@ LONGEST_TYPESET = 700
 
 @cache
 def typeset(latex: str, size: float = 17.0) -> str:
-    """LaTeX as an inline `<svg>`, with the source as its title for readers and screen readers."""
+    """LaTeX as an inline `<svg>`, or as its source where it cannot be typeset."""
     if len(latex) > LONGEST_TYPESET:
         return "<em>(too long to read; ask theory.derive for it)</em>"
     prepared = re.sub(r"\\operatorname\{(\w+)\}", r"\\mathrm{\1}", latex)
-    svg: str = ziamath.Latex(prepared, size=size).svg()
+    try:
+        svg: str = ziamath.Latex(prepared, size=size).svg()
+    except Exception:  # the parsers below raise whatever comes up; the source is still readable
+        return f"<code>{html.escape(latex)}</code>"
     return svg.replace("<svg ", '<svg class="math" role="img" ', 1)
 
 

@@ -69,5 +69,5 @@ def evaluate(formula: Formula, grid: dict[str, list[float]]) -> pd.DataFrame:
 
 def _tidy(column: np.ndarray) -> np.ndarray:
     """Whole numbers as whole numbers."""
-    whole = bool((column == np.round(column)).all())
+    whole = bool((column == np.round(column)).all()) and np.abs(column).max(initial=0) < 2**53
     return column.astype(int) if whole else column

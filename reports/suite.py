@@ -9,7 +9,9 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -51,14 +53,16 @@ class Case:
     def of(cls, claim: Claim, question: Question, tolerance: float) -> Case:
         """Derive what the claim asserts of this question."""
         statistic = claim.relation.statistic(question)
+        expected = None
         reason = question.reason_not_applicable or statistic.reason_not_applicable
         if reason:
             return cls(claim, question, None, tolerance, reason=reason)
         try:
             region = claim.region(question, tolerance)
-            expected = claim.expected_verdict(question, tolerance)
         except NotImplementedError as error:
             return cls(claim, question, None, tolerance, reason=str(error))
+        with suppress(NotImplementedError):
+            expected = claim.expected_verdict(question, tolerance)
         if region.width > UNINFORMATIVE_BAND:
             reason = (
                 f"the band, remainder included, is {region.width:.1%} wide and more than "
@@ -119,12 +123,16 @@ def verify(
         if isinstance(claims, Claim)
         else tuple(claims)
     )
+    twice = sorted(name for name, count in Counter(c.id for c in chosen).items() if count > 1)
+    if twice:
+        raise ValueError(f"expected every claim to have its own id, got {twice} twice; rename one")
     cases = cases_of(chosen, tolerance)
     conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
     if budget is None and draws is None:
         budget = BUDGET
     campaign = Campaign(targets_of(cases, error_rate), conditions, draws, budget, stop, progress)
-    decisions = iter(campaign.run(workers or default_workers(conditions.device)))
+    count = default_workers(conditions.device) if workers is None else workers
+    decisions = iter(campaign.run(count))
     verdicts = tuple(
         _judged(case, case.region, next(decisions)) if case.region else _not_judged(case)
         for case in cases
@@ -141,6 +149,7 @@ def verify(
     info = {
         **options,
         "interrupted": stop(),
+        "broken": campaign.broken,
         "seconds": time.perf_counter() - begin,
         "versions": versions(),
         "commit": commit(),
@@ -164,8 +173,8 @@ def describe(question: Question) -> dict[str, Any]:
         "given": given,
         "init": repr(question.init),
         "architecture": repr(question.architecture),
-        "d_model": question.architecture.d_model,
-        "n_ctx": question.architecture.n_ctx,
+        "d_model": int(question.architecture.d_model),
+        "n_ctx": int(question.architecture.n_ctx),
     }
 
 
@@ -332,6 +341,7 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)  # not somebody else's repository around us
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return None

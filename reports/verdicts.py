@@ -20,6 +20,9 @@ import pandas as pd
 SCHEMA = "nope.verdicts/1"
 FILE = "run.json"
 
+INFO = ("seed", "error_rate", "tolerance", "device", "dtype", "versions", "seconds", "interrupted")
+"""What `Run.info` always says."""
+
 CONFIRMED, REFUTED, UNDECIDED = "CONFIRMED", "REFUTED", "UNDECIDED"
 NOT_APPLICABLE, UNINFORMATIVE = "NOT_APPLICABLE", "UNINFORMATIVE"
 
@@ -140,14 +143,32 @@ class Run:
                 Verdict(**{key: value for key, value in entry.items() if key in known})
                 for entry in content["verdicts"]
             )
-            return cls(dict(content["run"]), verdicts)
+            run = cls(dict(content["run"]), verdicts)
+            run._require_whole()
+            return run
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"expected {file} to be a {SCHEMA} document, got {error}; run nope verify again"
             ) from error
 
+    def _require_whole(self) -> None:
+        """Raise `ValueError` for a document that was damaged or written by hand."""
+        missing = [name for name in INFO if name not in self.info]
+        if missing:
+            raise ValueError(f"no {', '.join(missing)} in run")
+        for verdict in self.verdicts:
+            lists = [verdict.prediction, verdict.estimate, verdict.low, verdict.high]
+            lists += [verdict.band["low"], verdict.band["high"]]
+            if any(len(values) != len(verdict.positions) for values in lists):
+                raise ValueError(f"lists of different lengths in {verdict.claim}")
+            if not all(isinstance(x, int | float | None) for values in lists for x in values):
+                raise ValueError(f"something other than numbers in {verdict.claim}")
+            if not {"place", "observable", "architecture", "init"} <= verdict.question.keys():
+                raise ValueError(f"a question without its parts in {verdict.claim}")
+
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per verdict and position, with the columns of the JSON."""
+        """One row per verdict and judged position: claim, place, observable, verdict, expected,
+        position, prediction, estimate, low, high, band_low, band_high, draws."""
         rows = [
             {
                 "claim": verdict.claim,

@@ -9,11 +9,11 @@ claim's own band.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from math import gcd
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -46,7 +46,10 @@ class Region:
 
 @runtime_checkable
 class Relation(Protocol):
-    """What it means for a claim to hold: its statistic, its region, its picture."""
+    """What it means for a claim to hold: its statistic, its region, its words.
+
+    `Equals` and `Ordered` are built; a rate, a law or an identity is another class of this form.
+    """
 
     @property
     def name(self) -> str:
@@ -69,7 +72,7 @@ class Relation(Protocol):
 class Equals:
     """measured = predicted, within the tolerance times the observable's scale, plus remainder."""
 
-    name: str = "equals"
+    name: ClassVar[str] = "equals"
 
     def statistic(self, question: Question) -> Question:
         return question
@@ -86,7 +89,9 @@ class Equals:
         width = tolerance * scale + remainder
         low = np.where(question.judged, values - width, -np.inf)
         high = np.where(question.judged, values + width, np.inf)
-        widest = (width / np.where(scale > 0, scale, 1.0))[question.judged].max(initial=0.0)
+        nothing = np.where(width > 0, np.inf, 0.0)
+        relative = np.divide(width, scale, out=nothing, where=scale > 0)
+        widest = relative[question.judged].max(initial=0.0)
         return Region(question, values, low, high, float(widest))
 
     def words(self, tolerance: float, scale: str, remainder: float) -> str:
@@ -103,9 +108,14 @@ class Equals:
 class Ordered:
     """The measured cosine falls with distance: every step towards the diagonal is positive."""
 
-    name: str = "ordered"
+    name: ClassVar[str] = "ordered"
 
     def statistic(self, question: Question) -> Question:
+        if question.observable != "cosine":
+            raise ValueError(
+                f"expected an Ordered claim to ask for cosine, got {question.observable}; "
+                "use Equals"
+            )
         return nope.Question(
             question.architecture, question.init, question.place, "cosine_steps", question.given
         )
@@ -153,7 +163,8 @@ class Claim:
     expected:   the best theory available, a function from question to `Prediction`, or None
     assumes, asserts: facts it spends and makes, as short words
     remark:     what a reader should know beside the verdict
-    setting:    the sizes it was made for, None for a claim of a user's own
+    setting:    the sizes it was made for, set by `claims`; None for a claim of a user's own,
+                also one made from a paper's by `dataclasses.replace`
     """
 
     id: str
@@ -168,12 +179,17 @@ class Claim:
     assumes: tuple[str, ...] = ()
     asserts: tuple[str, ...] = ()
     remark: str = ""
-    setting: Setting | None = None
+    setting: Setting | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "questions", self.asked)
-        if not self.questions:
-            raise ValueError(f"expected claim {self.id} to ask something, got none; add a question")
+        if not self.asked or not all(isinstance(asked, Question) for asked in self.asked):
+            raise ValueError(
+                f"expected claim {self.id} to ask nope.Questions, got {self.questions!r}; add one"
+            )
+        if self.status not in list(Status):
+            known = ", ".join(Status)
+            raise ValueError(f"expected status {known}, got {self.status!r}; change status")
         object.__setattr__(self, "status", Status(self.status))
         if self.band is not None:
             _finite(f"the band of claim {self.id}", self.band, positive=True)
@@ -188,23 +204,26 @@ class Claim:
 
         Raises `ValueError` when it is not finite or does not fit the question's shape.
         """
-        found = self.prediction
-        if isinstance(found, Formula):
-            remainder = np.broadcast_to(
-                found.remainder_at(**arguments(found, question)), question.shape
-            )
-            prediction = Prediction(at(found, question), remainder, found.status, found)
-        else:
-            if callable(found):
-                found = found(question)
-            if isinstance(found, Prediction):
-                prediction = found
-            else:
-                values = np.asarray(found, dtype=float)
-                prediction = Prediction(values, np.zeros(values.shape), Status(self.status))
-        self._require_fit(question, prediction.values)
-        self._require_fit(question, prediction.remainder)
-        return prediction
+        found = self._as_prediction(question)
+        self._require_fit(question, found.values)
+        self._require_fit(question, found.remainder)
+        if (np.asarray(found.remainder) < 0).any():
+            raise ValueError(f"expected the remainder of {self.id} to be at least 0; change it")
+        return found
+
+    def _as_prediction(self, question: Question) -> Prediction:
+        """Whatever form the prediction was given in."""
+        given: Any = self.prediction
+        if callable(given) and not isinstance(given, Formula):
+            given = given(question)
+        if isinstance(given, Prediction):
+            return given
+        if isinstance(given, Formula):
+            known = arguments(given, question)
+            remainder = np.broadcast_to(given.remainder_at(**known), question.shape)
+            return Prediction(at(given, question), remainder, given.status, given)
+        values = np.asarray(given, dtype=float)
+        return Prediction(values, np.zeros(values.shape), Status(self.status))
 
     def _require_fit(self, question: Question, values: np.ndarray) -> None:
         try:
@@ -233,7 +252,8 @@ class Claim:
         if self.expected is None:
             return None
         region = self.region(question, tolerance)
-        best, remainder = self.relation.predicted(question, self.expected(question))
+        with np.errstate(over="ignore", invalid="ignore"):
+            best, remainder = self.relation.predicted(question, self.expected(question))
         judged = region.statistic.judged
         values, slack, low, high = (x[judged] for x in (best, remainder, region.low, region.high))
         if ((values - slack >= low) & (values + slack <= high)).all():
@@ -292,8 +312,10 @@ def claims(**sizes: Any) -> tuple[Claim, ...]:
 
     setting = Setting(**sizes)
     papers = (chi2023, zuo2025, ours)
-    found = (claim for paper in papers for claim in paper.claims(setting))
-    return tuple(replace(claim, setting=setting) for claim in found)
+    found = tuple(claim for paper in papers for claim in paper.claims(setting))
+    for claim in found:
+        object.__setattr__(claim, "setting", setting)
+    return found
 
 
 def select(available: Iterable[Claim], patterns: Iterable[str]) -> tuple[Claim, ...]:

@@ -84,6 +84,15 @@ def formulas() -> Iterator[Formula]:
         r"\mathbb{E}\sum_n a_{mn}^2",
     )
     yield Formula(
+        "attention.leading_participation",
+        (1 + (sp.exp(s**2) - 1) * (1 - 1 / m)) / m,
+        "The participation of a softmax over m logits of variance s^2, to leading order.",
+        Status.LEADING_ORDER,
+        "derived here: sum a^2 grows by e^{s^2}",
+        r"\mathbb{E}\sum_n a_{mn}^2",
+        remainder=(sp.exp(s**2) - 1 - s**2) * (1 - 1 / m) / m,
+    )
+    yield Formula(
         "attention.leading_inflation",
         inflation(),
         "How much larger than d^2 sigma^4/m softmax makes the output's second moment.",

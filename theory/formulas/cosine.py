@@ -1,7 +1,8 @@
 """Cosines at finite width and the adjacency score of Zuo et al."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import sympy as sp
@@ -46,8 +47,13 @@ def gaussian_pair_expansion(order: int = 1) -> sp.Expr:
 
 
 def leading_bias(correlation: np.ndarray, width: float) -> np.ndarray:
-    """rho - E cos to first order: rho (1 - rho^2)/(2 width), width = d over the random maps."""
-    return np.asarray(correlation * (1 - correlation**2) / (2 * width))
+    """rho - E cos to first order, rho (1 - rho^2)/(2 width); width = d over the random maps."""
+    return np.asarray(_compiled_bias()(correlation, width))
+
+
+@cache
+def _compiled_bias() -> Callable[..., Any]:
+    return compile_number_form(rho - gaussian_pair_expansion(), (rho, d))
 
 
 def cosine_covariance() -> sp.Expr:
@@ -143,7 +149,7 @@ def formulas() -> Iterator[Formula]:
 
 
 @cache
-def _compiled_triple() -> tuple[object, object]:
+def _compiled_triple() -> tuple[Callable[..., Any], Callable[..., Any]]:
     arguments = (j, k, i, d_eff)
     return (
         compile_number_form(triple_probability(), arguments),
@@ -177,7 +183,7 @@ def _row(row: int, width: float, variant: str) -> tuple[float, float]:
         weights = np.ones(len(left))
     else:
         left, right, weights = _midpoint_pairs(row)
-    found = [form(left, right, float(row), width) for form in _compiled_triple()]  # type: ignore[operator]
+    found = [form(left, right, float(row), width) for form in _compiled_triple()]
     return float(np.average(found[0], weights=weights)), float(
         np.average(found[1], weights=weights)
     )

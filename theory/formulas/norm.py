@@ -8,6 +8,20 @@ from theory.formula import Formula, Status
 from theory.symbols import d, eps, sigma_x
 
 
+def shrinkage_remainder(v: sp.Expr, offset: sp.Expr, freedom: sp.Expr) -> sp.Expr:
+    """What v/(v + eps) drops, relative to it: three more terms of the expansion about E S = v.
+
+    S = v chi^2_k/k has central moments 2 v^2/k, 8 v^3/k^2, (12/k^2 + 48/k^3) v^4, and f(S) =
+    S/(S + eps) derivatives -2 eps/(S + eps)^3, 6 eps/(S + eps)^4, -24 eps/(S + eps)^5; sizes
+    are added.
+    """
+    k, total = freedom, v + offset
+    second = 2 / k * v * offset / total**2
+    third = 8 / k**2 * v**2 * offset / total**3
+    fourth = (12 / k**2 + 48 / k**3) * v**3 * offset / total**4
+    return second + third + fourth
+
+
 def formulas() -> Iterator[Formula]:
     """Laws of a normalised i.i.d. Gaussian token."""
     yield Formula(
@@ -40,7 +54,7 @@ def formulas() -> Iterator[Formula]:
         v / (v + eps),
         "What eps takes from a LayerNorm output's second moment; v is the token's variance.",
         Status.LEADING_ORDER,
-        "derived here; the remainder is Var(v) times half the second derivative",
+        "derived here; the remainder is three more terms of the expansion",
         r"\mathbb{E}\,e_j^2",
-        remainder=2 * v**2 * eps / ((d - 1) * (v + eps) ** 3),
+        remainder=v / (v + eps) * shrinkage_remainder(v, eps, d - 1),
     )

@@ -14,8 +14,9 @@ from nope.questions import Question, Weights, coordinate_grid, given_weights
 from theory.claims import Claim, Setting, best_theory
 from theory.formula import Status
 from theory.formulas import formula
+from theory.formulas.cosine import leading_bias
 from theory.formulas.stream import coordinate_variance, norm_fluctuation
-from theory.predict import Prediction, bindings, position_arrays
+from theory.predict import Prediction, at, bindings, position_arrays
 
 PAPER = "Chi et al. 2023 (arXiv 2305.13571)"
 TRANSCRIBED = "as transcribed from secondary sources"
@@ -45,7 +46,7 @@ def _step_by_step(setting: Setting) -> Iterator[Claim]:
         f"{PAPER}, LayerNorm",
         Status.EXACT,
         [setting.question("blocks.0.ln1", observable) for observable in normed],
-        lambda question: _from_formula(laws[question.observable], question),
+        lambda question: laws[question.observable],
         expected=best_theory,
         assumes=("gaussian tokens", "eps 0"),
         asserts=("law of ln1",),
@@ -171,7 +172,8 @@ def _lemma4(setting: Setting) -> Iterator[Claim]:
     cross = (
         f"The cross term 2 sigma_x M_jj has a standard deviation of {size:.2%} of the variance at "
         f"m = 1 (kappa = d^2 sigma^4/sigma_x^2 = {kappa:.3g}).  It is largest at kappa = 1, "
-        f"where token_std is {setting.d_model * setting.std**2:.4g}."
+        f"where token_std is {setting.d_model * setting.std**2:.4g}.  Judged at the first "
+        "positions, on at most 16 coordinates."
     )
     yield Claim(
         "chi2023.lemma4.printed",
@@ -203,14 +205,6 @@ def _lemma4(setting: Setting) -> Iterator[Claim]:
 
 
 # ------------------------------------------------------------------------------- numbers
-
-
-def _from_formula(law: object, question: Question) -> Prediction:
-    from theory.formula import Formula
-    from theory.predict import at
-
-    assert isinstance(law, Formula)
-    return Prediction(at(law, question), np.zeros(question.shape), law.status, law)
 
 
 def _value_map(question: Question) -> np.ndarray:
@@ -255,27 +249,24 @@ def second_order_lemma4(question: Question) -> Prediction:
     return Prediction(values, values * np.array(delta)[:, None] ** 1.5, Status.LEADING_ORDER)
 
 
-def _inflation(question: Question) -> tuple[np.ndarray, np.ndarray]:
-    """E|o_m|^2/d over d^2 sigma^4/m, and what the estimate drops."""
-    law, known = formula("attention.leading_inflation"), bindings(question)
-    symbols = {"s": known["s"], "d": known["d"], "m": position_arrays(question)[0]}
+def _softmax_law(name: str, question: Question, m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A formula in s, d and m at the question's sizes and positions m, with its remainder."""
+    law, known = formula(name), bindings(question)
+    symbols = {key: m if key == "m" else known[key] for key in law.symbols}
     return law(**symbols), law.remainder_at(**symbols)
 
 
 def leading_participation(question: Question) -> Prediction:
-    """(1/m)(1 + (e^{s^2} - 1)(1 - 1/m)): the leading estimate for a softmax pattern."""
-    m, variance = position_arrays(question)[0], bindings(question)["s"] ** 2
-    grown = np.expm1(variance) * (1 - 1 / m)
-    dropped = (np.expm1(variance) - variance) * (1 - 1 / m)
-    return Prediction((1 + grown) / m, dropped / m, Status.LEADING_ORDER)
+    """The leading estimate of a softmax pattern's participation."""
+    name, m = "attention.leading_participation", position_arrays(question)[0]
+    return Prediction(*_softmax_law(name, question, m), Status.LEADING_ORDER)
 
 
 def leading_output(question: Question) -> Prediction:
     """d^2 sigma^4/m times the leading inflation by a softmax."""
-    uniform = formula("attention.uniform_second_moment")
     known, m = bindings(question), position_arrays(question)[0]
-    base = uniform(d=known["d"], sigma=known["sigma"], m=m)
-    grown, dropped = _inflation(question)
+    base = formula("attention.uniform_second_moment")(d=known["d"], sigma=known["sigma"], m=m)
+    grown, dropped = _softmax_law("attention.leading_inflation", question, m)
     return Prediction(base * grown, base * dropped, Status.LEADING_ORDER)
 
 
@@ -287,16 +278,16 @@ def leading_residual(question: Question) -> Prediction:
 
 
 def leading_cosine(question: Question) -> Prediction:
-    """sqrt(n/m) over the roots of both inflations: the diagonal grows, the rest does not."""
-    law, known = formula("attention.leading_inflation"), bindings(question)
-    left, right = position_arrays(question)
-    rho = np.sqrt(np.minimum(left, right) / np.maximum(left, right))
-    grown, dropped = [], []
-    for m in (left, right):
-        symbols = {"s": known["s"], "d": known["d"], "m": m}
-        grown.append(law(**symbols))
-        dropped.append(law.remainder_at(**symbols))
-    values = rho / np.sqrt(grown[0] * grown[1])
-    relative = dropped[0] / grown[0] + dropped[1] / grown[1] + 4 * known["s"] ** 2 / known["d"]
-    width = (1 - values**2) * 3 / (2 * known["d"])
-    return Prediction(values, values * (relative / 2 + width), Status.LEADING_ORDER)
+    """sqrt(n/m) over the roots of both inflations: the diagonal grows, the rest does not.
+
+    The remainder is that of the inflations, 2 s^2/d on the covariance (queries share their
+    keys' empirical kernel) and the finite width's, `leading_bias` with three random maps.
+    """
+    known, (left, right) = bindings(question), position_arrays(question)
+    (rows, lost_rows), (columns, lost_columns) = (
+        _softmax_law("attention.leading_inflation", question, m) for m in (left, right)
+    )
+    values = at(formula("cosine.uniform"), question) / np.sqrt(rows * columns)
+    relative = (lost_rows / rows + lost_columns / columns) / 2 + 2 * known["s"] ** 2 / known["d"]
+    remainder = values * relative + np.abs(leading_bias(values, known["d"] / 3))
+    return Prediction(values, remainder, Status.LEADING_ORDER)

@@ -6,6 +6,7 @@ import sympy as sp
 
 from nope.architecture import Normalise
 from theory import symbols
+from theory.formulas.norm import shrinkage_remainder
 from theory.kernel import ZERO, K, Rule, Traits
 from theory.rules import rule_for
 from theory.symbols import d, m, n
@@ -18,8 +19,7 @@ def _(operation: Normalise, traits: Mapping[str, Traits]) -> Rule:
     c = 1 - 1/d is what centring leaves of a variance (1 for RMSNorm).  With eps = 0 the
     diagonal is exactly 1, and so is every i.i.d. token's kernel.  What is dropped off the
     diagonal is E cos - cos E, (1 - rho^2)/(2d) per random map (`cosine.gaussian_pair`); with
-    eps > 0 the fluctuation of |x|^2 adds v^2 eps Var/(v + eps)^3, v = c K, by the second
-    derivative of v/(v + eps).
+    eps > 0 the fluctuation of |x|^2 adds `shrinkage_remainder`.
     """
     before = traits[operation.inputs[0]]
     centring = operation.kind == "layernorm"
@@ -29,8 +29,8 @@ def _(operation: Normalise, traits: Mapping[str, Traits]) -> Rule:
     remainder = sp.Abs(rho) * (1 - rho**2) * before.maps / (2 * d)
     if operation.eps:
         expression = kept * K(m, n) / sp.sqrt((kept * K(m, m) + eps) * (kept * K(n, n) + eps))
-        v = kept * K(m, m)
-        remainder += sp.Abs(rho) * 2 * before.maps / d * v * eps / (v + eps) ** 2
+        freedom = (d - 1 if centring else d) / before.maps
+        remainder += sp.Abs(rho) * shrinkage_remainder(kept * K(m, m), eps, freedom)
     else:
         expression = rho
     kurtosis = None
