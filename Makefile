@@ -8,8 +8,11 @@ READY := .venv/.installed
 verify: $(READY)  ## hold every claim of the papers against real layers, GPT-2 small's sizes
 	$(BIN)/nope verify --out runs/default
 
-report: verify  ## the same, with the report
+report: runs/default/run.json  ## the report of `make verify`'s run
 	$(BIN)/nope report runs/default
+
+runs/default/run.json:
+	$(MAKE) verify
 
 test: $(READY)  ## the tests, on every core
 	$(BIN)/pytest -n auto --dist worksteal -q

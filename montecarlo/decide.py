@@ -156,18 +156,38 @@ class Decision:
 
     @property
     def low(self) -> np.ndarray:
-        """Lower ends of the simultaneous interval."""
-        return self._end(-1)
+        """Lower ends of the interval that the verdict was read from.
+
+        For CONFIRMED each entry's own interval, for the others the simultaneous one.
+        """
+        return np.asarray(self._mean - self._half_width)
 
     @property
     def high(self) -> np.ndarray:
-        """Upper ends of the simultaneous interval."""
-        return self._end(1)
+        """Upper ends of the interval that the verdict was read from."""
+        return np.asarray(self._mean + self._half_width)
 
-    def _end(self, sign: int) -> np.ndarray:
+    def simultaneous(self) -> tuple[np.ndarray, np.ndarray]:
+        """The ends of the interval that holds at every entry together; infinite without one."""
+        half = self._simultaneous_half_width
+        return self._mean - half, self._mean + half
+
+    @property
+    def _mean(self) -> np.ndarray:
+        shape = self.target.question.shape
+        return np.zeros(shape) if self.measurement is None else self.measurement.mean
+
+    @property
+    def _half_width(self) -> np.ndarray:
+        if self.verdict != "CONFIRMED" or self.measurement is None:
+            return self._simultaneous_half_width
+        return self.measurement.half_width(self.target.confirm_error)
+
+    @property
+    def _simultaneous_half_width(self) -> np.ndarray:
         if self.measurement is None:
-            return np.full(self.target.question.shape, sign * np.inf)
-        return np.asarray(self.measurement.mean + sign * self.target.simultaneous(self.measurement))
+            return np.full(self.target.question.shape, np.inf)
+        return self.target.simultaneous(self.measurement)
 
 
 @dataclass(eq=False)

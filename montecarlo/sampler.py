@@ -25,7 +25,7 @@ from nope.devices import DTYPES
 from nope.init import Scheme
 from nope.questions import Question, Weights, given_weights, stream_key
 
-BLOCK_ELEMENTS = 2**25
+BLOCK_ELEMENTS = 2**26
 """A block's tensors together hold about this many numbers."""
 LARGEST_BLOCK = 2**11
 

@@ -37,12 +37,14 @@ def _expect(condition: bool, expected: str, got: object, remedy: str) -> None:
 
 
 def _count(name: str, value: object, least: int = 1) -> None:
-    ok = isinstance(value, Integral) and type(value) is not bool and int(value) >= least
+    ok = not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
     _expect(ok, f"{name} to be a whole number of at least {least}", value, f"change {name}")
 
 
 def _finite(name: str, value: object, *, positive: bool = False) -> None:
-    number = float(value) if isinstance(value, Real) and type(value) is not bool else math.nan
+    number = math.nan
+    if not isinstance(value, bool) and isinstance(value, Real):
+        number = float(value)
     ok = math.isfinite(number) and (number > 0 if positive else number >= 0)
     kind = "positive" if positive else "non-negative"
     _expect(ok, f"{name} to be a finite {kind} number", value, f"change {name}")

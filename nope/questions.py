@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
@@ -188,7 +189,9 @@ class Question:
         operation = self.architecture.places().get(self.place)
         kind, n_ctx = self.kind, self.architecture.n_ctx
         if operation is None:
-            return f"this architecture has no place {self.place}"
+            near = get_close_matches(self.place, self.architecture.places(), n=1)
+            hint = f", the nearest is {near[0]}" if near else ""
+            return f"this architecture has no place {self.place}{hint}"
         if operation.axes not in kind.on:
             return f"{kind.name} is not defined on {self.place}: it needs a {kind.on[0]} place"
         if n_ctx < kind.least:

@@ -31,6 +31,9 @@ from theory.claims import Claim, select
 INTERRUPTED, BAD_USAGE, UNFORESEEN = 130, 2, 70
 REFUSALS = (ValueError, LookupError, OSError, ArithmeticError, MemoryError, RuntimeError)
 CURVE_ROWS = 8
+WIDE, NARROW = 140, 110
+"""Columns of a pipe; a terminal with fewer than the latter gets fewer columns of the table."""
+COMPACT = ["claim", "verdict", "theory", "measured"]
 COLOURS = {"CONFIRMED": "green", "REFUTED": "red", "UNDECIDED": "yellow"}
 
 app = typer.Typer(
@@ -44,7 +47,17 @@ app.add_typer(formula_app, name="formula")
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 140)
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else WIDE)
+
+
+def _table(first: str, *others: str) -> Table:
+    """A table whose first column, the names that are typed again, is never cut."""
+    table = Table()
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name)
+    return table
 
 
 def main() -> None:
@@ -72,8 +85,9 @@ def root(
 ) -> None:
     if version:
         found = suite.versions()
-        print(f"nope-theory {found['nope-theory']}")
-        if verbose:
+        if not verbose:
+            print(f"nope-theory {found['nope-theory']}")
+        else:
             for name, value in {**found, "commit": suite.commit()}.items():
                 print(f"{name} {value}")
         raise typer.Exit
@@ -87,7 +101,9 @@ def verify(
     claims: Annotated[list[str] | None, typer.Argument(metavar="[CLAIM-GLOB]...")] = None,
     error_rate: Annotated[float, typer.Option(help="Of the whole run.")] = suite.ERROR_RATE,
     tolerance: Annotated[float, typer.Option(help="Half-width of a band.")] = suite.TOLERANCE,
-    draws: Annotated[int | None, typer.Option(help="At most, per question; deterministic.")] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="At most per question, rounded up to whole blocks.")
+    ] = None,
     budget: Annotated[
         float | None, typer.Option(help="Seconds; not deterministic. 600 without --draws.")
     ] = None,
@@ -216,7 +232,7 @@ def progress_bar(claims: int) -> Iterator[Callable[[Campaign], None]]:
 
 
 def _print_claims(claims: tuple[Claim, ...], tolerance: float) -> None:
-    table = Table("claim", "status", "band", "statement", "source")
+    table = _table("claim", "status", "band", "statement", "source")
     for claim in claims:
         band = f"{claim.band or tolerance:.3g}"
         band = "none" if claim.relation.name == "ordered" else band
@@ -233,40 +249,37 @@ def _print_dry_run(
 ) -> None:
     count = workers or default_workers(conditions.device)
     cases = suite.cases_of(claims, tolerance)
-    estimates = {id(e.case): e for e in suite.dry_run(cases, conditions, error_rate, count)}
-    table = Table("claim", "judged at", "band", "expected", "draws", "seconds", "MiB")
-    total = 0.0
+    found, total = suite.dry_run(cases, conditions, error_rate, count)
+    estimates = {id(estimate.case): estimate for estimate in found}
+    table = _table("claim", "judged at", "band", "expected", "draws", "seconds", "MiB")
     for case in cases:
         place = f"{case.question.observable} at {case.question.place}"
         estimate = estimates.get(id(case))
         if estimate is None or case.region is None:
-            table.add_row(case.claim.id, place, case.without, case.reason, "", "", "")
+            table.add_row(case.claim.id, place, "-", f"{case.without}: {case.reason}", "", "", "")
             continue
-        total += estimate.seconds
         numbers = (f"{estimate.draws:.0f}", f"{estimate.seconds:.1f}", f"{estimate.megabytes:.0f}")
         band = f"{case.region.width:.3g}"
         table.add_row(case.claim.id, place, band, case.expected or "-", *numbers)
     console = _console()
     console.print(table)
     console.print(
-        f"Estimated from {suite.PILOT_DRAWS} draws or one block each, on {count} workers; at most "
-        f"{total:.0f} s together, less where claims share draws."
+        f"Estimated from {suite.PILOT_DRAWS} draws or one block each; about {total:.0f} s "
+        f"together on {count} workers (claims on one architecture share draws)."
     )
 
 
 def print_run(run: Run, out: Path | None) -> None:
     """The table of verdicts, the measured curves of what was refuted, and what to do next."""
     console = _console()
-    table = Table(
-        "claim", "verdict", "expected", "worst at", "theory", "measured", "interval", "draws", "s"
-    )
+    wide = console.width >= NARROW
+    names = ["claim", "verdict", "expected", "worst at", "theory", "measured", "interval"]
+    table = Table()
+    for name in [*names, "draws", "s"] if wide else COMPACT:
+        table.add_column(name, no_wrap=True, overflow="fold")
     for verdict in run:
-        colour = COLOURS.get(verdict.verdict, "dim")
-        asked = verdict.question
-        name = f"{verdict.claim}\n[dim]{asked['observable']} at {asked['place']}[/]"
-        status = f"[{colour}]{verdict.verdict}[/]" + (" (!)" if verdict.surprising else "")
-        cells = _worst_cells(verdict)
-        table.add_row(name, status, verdict.expected or "-", *cells)
+        cells = _cells(verdict)
+        table.add_row(*(cells[str(column.header)] for column in table.columns))
     console.print(table)
     for verdict in run:
         if verdict.verdict == REFUTED and len(verdict.positions) > 1:
@@ -292,18 +305,27 @@ def print_run(run: Run, out: Path | None) -> None:
         console.print(f"Saved in {out}; nope report {out} writes the report.", highlight=False)
 
 
-def _worst_cells(verdict: Verdict) -> tuple[str, ...]:
+def _cells(verdict: Verdict) -> dict[str, str]:
+    """A row of the table by column."""
+    asked, colour = verdict.question, COLOURS.get(verdict.verdict, "dim")
+    mark = " (!)" if verdict.surprising else ""
+    cells = {
+        "claim": f"{verdict.claim}\n[dim]{asked['observable']} at {asked['place']}[/]",
+        "verdict": f"[{colour}]{verdict.verdict}[/]{mark}",
+        "expected": verdict.expected or "-",
+        "draws": str(verdict.draws),
+        "s": f"{verdict.seconds:.1f}",
+    }
     worst = verdict.worst
     if worst is None:
-        return ("-", "-", "-", "-", str(verdict.draws), f"{verdict.seconds:.1f}")
-    return (
-        suite.position_name(worst["position"], verdict.question["observable"]),
-        f"{worst['prediction']:.4g}",
-        f"{worst['estimate']:.4g}",
-        f"{_end(worst['low'])} to {_end(worst['high'])}",
-        str(verdict.draws),
-        f"{verdict.seconds:.1f}",
-    )
+        return {**dict.fromkeys(("worst at", "theory", "measured", "interval"), "-"), **cells}
+    return {
+        **cells,
+        "worst at": suite.position_name(worst["position"], asked["observable"]),
+        "theory": f"{worst['prediction']:.4g}",
+        "measured": f"{worst['estimate']:.4g}",
+        "interval": f"{_end(worst['low'])} to {_end(worst['high'])}",
+    }
 
 
 def _end(value: float | None) -> str:
@@ -350,7 +372,7 @@ def _worth_showing(verdict: Verdict) -> list[int]:
 @formula_app.command("list")
 def formula_list() -> None:
     """Every formula: name, status, symbols, statement."""
-    table = Table("formula", "status", "symbols", "statement")
+    table = _table("formula", "status", "symbols", "statement")
     for found in theory.formulas().values():
         table.add_row(found.name, str(found.status), " ".join(found.symbols), found.statement)
     _console().print(table)

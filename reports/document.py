@@ -16,6 +16,7 @@ from reports.suite import position_name
 from reports.verdicts import Run
 
 FILE = "report.html"
+DOUBLE_SUM = r"\\sum_{\\substack{1 \\leq (\w) \\leq (\w)\\\\1 \\leq (\w) \\leq (\w)}}"
 LONGEST_TYPESET = 700
 """Longer LaTeX than this is named and not shown: nobody reads it."""
 
@@ -25,6 +26,8 @@ def typeset(latex: str, size: float = 17.0) -> str:
     """LaTeX as an inline `<svg>`, or as its source where it cannot be typeset."""
     if len(latex) > LONGEST_TYPESET:
         return "<em>(too long to read; ask theory.derive for it)</em>"
+    # Two limits under one sum are typeset off the edge: write two sums.
+    latex = re.sub(DOUBLE_SUM, r"\\sum_{\1=1}^{\2}\\sum_{\3=1}^{\4}", latex)
     prepared = re.sub(r"\\operatorname\{(\w+)\}", r"\\mathrm{\1}", latex)
     try:
         svg: str = ziamath.Latex(prepared, size=size).svg()

@@ -60,6 +60,8 @@ def _arrays(verdict: Verdict) -> dict[str, np.ndarray]:
         **columns,
         "band_low": _column(verdict.band["low"]),
         "band_high": _column(verdict.band["high"]),
+        "lowest": _column(verdict.simultaneous["low"]),
+        "highest": _column(verdict.simultaneous["high"]),
     }
 
 
@@ -71,15 +73,13 @@ def _theory(axes: Axes, x: np.ndarray, found: dict[str, np.ndarray]) -> None:
 
 
 def _measured(axes: Axes, x: np.ndarray, found: dict[str, np.ndarray]) -> None:
-    axes.fill_between(
-        x,
-        found["low"],
-        found["high"],
-        color=MEASURED,
-        alpha=0.22,
-        lw=0,
-        label="simultaneous interval",
-    )
+    """The estimate, its own interval where that decided, and the simultaneous one, paler."""
+    pale: Any = {"color": MEASURED, "lw": 0}
+    wider = not np.array_equal(found["low"], found["lowest"], equal_nan=True)
+    if wider:
+        axes.fill_between(x, found["low"], found["high"], alpha=0.25, label="interval", **pale)
+    label = "simultaneous interval"
+    axes.fill_between(x, found["lowest"], found["highest"], alpha=0.16, label=label, **pale)
     marker = "." if len(x) < 80 else ""
     axes.plot(x, found["estimate"], color=MEASURED, lw=1.0, marker=marker, ms=4, label="simulation")
 
@@ -133,7 +133,7 @@ def _matrix(figure: Figure, verdict: Verdict) -> None:
         middle = (found["band_high"] + found["band_low"]) / 2
         line: dict[str, Any] = {"marker": "_", "ls": "", "ms": 9} if coordinates else {"lw": 1.2}
         left.plot(columns, found["prediction"], color=shade, label=f"m = {row}", **line)
-        error = [found["estimate"] - found["low"], found["high"] - found["estimate"]]
+        error = [found["estimate"] - found["lowest"], found["highest"] - found["estimate"]]
         style: dict[str, Any] = {"color": shade, "fmt": ".", "ms": 4, "lw": 0.8}
         left.errorbar(columns, found["estimate"], yerr=error, **style)
         away = (found["estimate"] - middle) / unit
@@ -159,7 +159,7 @@ def _steps(figure: Figure, verdict: Verdict) -> None:
     panels = list(_rows_of(verdict))
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (row, columns, found) in zip(grid, panels, strict=True):
-        error = [found["estimate"] - found["low"], found["high"] - found["estimate"]]
+        error = [found["estimate"] - found["lowest"], found["highest"] - found["estimate"]]
         axes.axhline(0, color="black", lw=0.8)
         axes.plot(columns, found["prediction"], color=THEORY, lw=1.2, label="theory")
         axes.errorbar(
@@ -187,7 +187,7 @@ def _single(figure: Figure, verdict: Verdict) -> None:
     figure.set_size_inches(8.4, 1.6)
     axes.plot([found["band_low"], found["band_high"]], [1, 1], color=THEORY, lw=6, alpha=0.3)
     axes.plot([found["prediction"]], [1], "|", color=THEORY, ms=16, mew=2)
-    axes.plot([found["low"], found["high"]], [0, 0], color=MEASURED, lw=6, alpha=0.3)
+    axes.plot([found["lowest"], found["highest"]], [0, 0], color=MEASURED, lw=6, alpha=0.3)
     axes.plot([found["estimate"]], [0], "|", color=MEASURED, ms=16, mew=2)
     axes.set_yticks([1, 0], ["theory, band", "simulation, interval"])
     axes.set_ylim(-0.6, 1.6)

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import sympy as sp
+from scipy import stats
 
-from montecarlo import Campaign, Conditions, Decision, Target, confidence
+from montecarlo import Campaign, Conditions, Decision, Measurement, Target, confidence
 from montecarlo.engines import default_workers
 from montecarlo.sampler import Group
 from nope.devices import resolve_device
@@ -133,8 +134,9 @@ def verify(
     campaign = Campaign(targets_of(cases, error_rate), conditions, draws, budget, stop, progress)
     count = default_workers(conditions.device) if workers is None else workers
     decisions = iter(campaign.run(count))
+    ended = "interrupted" if stop() else "a worker died" if campaign.broken else "stopped"
     verdicts = tuple(
-        _judged(case, case.region, next(decisions)) if case.region else _not_judged(case)
+        _judged(case, case.region, next(decisions), ended) if case.region else _not_judged(case)
         for case in cases
     )
     options = {
@@ -199,16 +201,17 @@ def _not_judged(case: Case) -> Verdict:
     )
 
 
-def _judged(case: Case, region: Region, decision: Decision) -> Verdict:
-    question, claim = region.statistic, case.claim
-    judged = question.judged
-    prediction = claim.predict(case.question)
+def _judged(case: Case, region: Region, decision: Decision, ended: str) -> Verdict:
+    question, judged = region.statistic, region.statistic.judged
+    prediction = case.claim.predict(case.question)
     measured = decision.measurement
     estimate = measured.mean if measured else np.full(question.shape, np.nan)
+    lowest, highest = decision.simultaneous()
     worst = _worst(region, estimate, decision)
+    remainder = float(np.max(prediction.remainder, initial=0.0))
     return Verdict(
         verdict=decision.verdict,
-        words=_words(case, decision, worst, float(np.max(prediction.remainder, initial=0.0))),
+        words=_words(case, decision, worst, remainder, ended),
         question=describe(question),
         positions=question.positions,
         shape=list(question.shape),
@@ -216,6 +219,7 @@ def _judged(case: Case, region: Region, decision: Decision) -> Verdict:
         estimate=_list(estimate, judged),
         low=_list(decision.low, judged),
         high=_list(decision.high, judged),
+        simultaneous={"low": _list(lowest, judged), "high": _list(highest, judged)},
         band={"low": _list(region.low, judged), "high": _list(region.high, judged)},
         worst=worst,
         draws=measured.draws if measured else 0,
@@ -235,22 +239,23 @@ def _list(values: np.ndarray, judged: np.ndarray) -> list[float | None]:
 def _worst(region: Region, estimate: np.ndarray, decision: Decision) -> dict[str, Any] | None:
     """The position furthest out of its band, in units of its half-width.
 
-    A one-sided band has no width; there the interval's own is the unit.
+    For a REFUTED claim the one whose interval lies furthest outside.  A one-sided band has no
+    width; there the standard error is the unit.
     """
     question, judged = region.statistic, region.statistic.judged
-    if decision.measurement is None or not judged.any():
+    measured = decision.measurement
+    if measured is None or not judged.any():
         return None
-    columns = {
-        "prediction": region.prediction[judged],
-        "estimate": estimate[judged],
-        "low": decision.low[judged],
-        "high": decision.high[judged],
-    }
-    low, high, mean = region.low[judged], region.high[judged], columns["estimate"]
-    unit = np.where(np.isfinite(high - low), (high - low) / 2, columns["high"] - mean)
-    room = np.minimum(mean - low, high - mean)
-    inside = np.divide(room, unit, out=room.copy(), where=unit > 0)
-    k = int(np.argmin(inside))
+    low, high, mean = decision.low[judged], decision.high[judged], estimate[judged]
+    bottom, top = region.low[judged], region.high[judged]
+    one_sided = ~np.isfinite(top - bottom)
+    unit = np.where(one_sided, measured.standard_error[judged], (top - bottom) / 2)
+    if decision.verdict == "REFUTED":
+        room = np.minimum(high - bottom, top - low)
+    else:
+        room = np.minimum(mean - bottom, top - mean)
+    k = int(np.argmin(np.divide(room, unit, out=room.copy(), where=unit > 0)))
+    columns = {"prediction": region.prediction[judged], "estimate": mean, "low": low, "high": high}
     found = {name: float(column[k]) for name, column in columns.items()}
     ratio = found["estimate"] / found["prediction"] if found["prediction"] else None
     return {"position": question.positions[k], **found, "ratio": ratio}
@@ -269,18 +274,21 @@ def _detectable(region: Region, decision: Decision) -> float | None:
     return float(relative.min(initial=np.inf))
 
 
-def _words(case: Case, decision: Decision, worst: dict[str, Any] | None, remainder: float) -> str:
+def _words(
+    case: Case, decision: Decision, worst: dict[str, Any] | None, remainder: float, ended: str
+) -> str:
     """The verdict as a sentence."""
-    claim, target = case.claim, decision.target
-    kind = case.question.kind
+    claim, kind = case.claim, case.question.kind
     rule = claim.relation.words(claim.band or case.tolerance, kind.scale, remainder)
     if decision.measurement is None or worst is None:
-        return f"{claim.statement} {UNDECIDED}: {decision.failure or 'nothing was drawn'}."
+        return f"{claim.statement} {UNDECIDED}: {decision.failure or f'{ended}, nothing drawn'}."
     where = f"at {position_name(worst['position'], case.question.observable)}"
-    found = f"{worst['estimate']:.4g} [{worst['low']:.4g}, {worst['high']:.4g}]"
-    draws = f"{decision.measurement.draws} draws"
+    ends = (worst["low"], worst["high"])
+    span = f"[{ends[0]:.4g}, {ends[1]:.4g}]" if np.isfinite(ends).all() else "(no interval yet)"
+    found = f"{worst['estimate']:.4g} {span}"
+    draws, entries = f"{decision.measurement.draws} draws", decision.target.entries
     if decision.verdict == "CONFIRMED":
-        every = f"all {target.entries} entries are" if target.entries > 1 else "it is"
+        every = f"every one of {entries} entries is" if entries > 1 else "it is"
         return f"{claim.statement} CONFIRMED: {every} {rule} ({draws})."
     if decision.verdict == "REFUTED":
         return (
@@ -288,8 +296,8 @@ def _words(case: Case, decision: Decision, worst: dict[str, Any] | None, remaind
             f"{worst['prediction']:.4g}, and not {rule} ({draws})."
         )
     return (
-        f"{claim.statement} UNDECIDED: the draws ended ({draws}) with {found} {where}, "
-        f"predicted {worst['prediction']:.4g}; more draws would decide whether it is {rule}."
+        f"{claim.statement} UNDECIDED: {ended} after {draws} with {found} {where}, predicted "
+        f"{worst['prediction']:.4g}; more draws would decide whether it is {rule}."
     )
 
 
@@ -302,14 +310,20 @@ def position_name(position: Any, observable: str) -> str:
     return "all positions" if position == "all" else f"m = {position}"
 
 
+LEFT_SIDES = {"vector": r"K(m, n)", "pair": r"\mathbb{E}\,x_{mn}^2"}
+"""What a derivation is about: a kernel, or the second moment of a score or a weight."""
+
+
 def derivation_of(question: Question) -> list[dict[str, str]]:
     """The kernel's derivation at a question's place, in LaTeX."""
     derivation = derive(question.architecture, question.place)
+    operations = question.architecture.places()
     return [
         {
             "place": step.place,
             "rule": step.rule.name,
             "statement": step.rule.statement,
+            "left": LEFT_SIDES[operations[step.place].axes],
             "before": sp.latex(step.before),
             "after": sp.latex(step.after),
             "assumption": step.rule.assumption,
@@ -375,34 +389,45 @@ class Estimate:
 
 def dry_run(
     cases: Sequence[Case], conditions: Conditions, error_rate: float, workers: int
-) -> list[Estimate]:
-    """Estimated draws, seconds of this machine and memory per case, from a pilot of a few draws.
+) -> tuple[list[Estimate], float]:
+    """Estimated draws, seconds and memory per case, and the seconds of all together.
 
-    A case is decided about when its interval, at the variance the pilot saw, fits into the
-    room between the pilot's estimate and the band's nearer edge.
+    A pilot of a few draws gives the variance and the time of a draw.  Where the truth lies is
+    taken from the best theory (the claim's own prediction without one).  Deciding takes about
+    (z sd/room)^2 draws, room being the distance to the band's edge: for CONFIRMED at the entry
+    with the least, for REFUTED at the one with the most.
     """
     judged = [case for case in cases if case.region is not None]
     targets = targets_of(cases, error_rate)
     pilot = Campaign(targets, conditions, draws=PILOT_DRAWS).run(1)
-    found = []
+    found, by_group = [], dict[Group, float]()
     for case, target, decision in zip(judged, targets, pilot, strict=True):
-        measured = decision.measurement
-        assert measured is not None
-        error = np.where(np.isfinite(measured.standard_error), measured.standard_error, 0.0)
-        spread = error * np.sqrt(measured.draws)
-        low, high = target.low, target.high
-        middle = np.clip(measured.mean, low, high)
-        outside = np.abs(measured.mean - middle)
-        room = np.where(outside > 0, outside, np.minimum(measured.mean - low, high - measured.mean))
-        z = confidence.boundary(confidence.TUNED_FOR, target.refute_error / target.entries)
-        bounded = np.isfinite(low) | np.isfinite(high)
-        needed = ((z * spread / np.where(room > 0, room, np.inf)) ** 2)[bounded]
-        refuting = (outside > z * error)[bounded]
-        draws = float(needed[refuting].min() if refuting.any() else needed.max(initial=0.0))
-        draws = max(confidence.FIRST_LOOK, draws)
-        group = Group.of(target.question)
-        each = decision.seconds / measured.draws
+        measured, group = decision.measurement, Group.of(target.question)
+        if measured is None:
+            continue
+        draws = max(confidence.FIRST_LOOK, _needed(case, target, measured))
+        seconds = draws * decision.seconds / measured.draws / workers
         size = np.dtype(conditions.dtype).itemsize
         memory = group.elements * group.block_size * size * workers / 2**20
-        found.append(Estimate(case, draws, draws * each / workers, memory))
-    return found
+        found.append(Estimate(case, draws, seconds, memory))
+        by_group[group] = max(seconds, by_group.get(group, 0.0))
+    return found, sum(by_group.values())
+
+
+def _needed(case: Case, target: Target, measured: Measurement) -> float:
+    """Draws to decide a case; infinite where the best theory sits on the edge of the band."""
+    assert case.region is not None
+    truth, judged = case.region.prediction, case.region.statistic.judged
+    if case.claim.expected is not None:
+        with suppress(NotImplementedError):
+            best = case.claim.expected(case.question)
+            truth = case.claim.relation.predicted(case.question, best)[0]
+    error = measured.standard_error[judged]
+    spread = np.where(np.isfinite(error), error, 0.0) * np.sqrt(measured.draws)
+    room = np.minimum(truth - target.low, target.high - truth)[judged]
+    refuting = bool((room < 0).any())
+    level = target.refute_error / target.entries if refuting else target.confirm_error
+    z = confidence.boundary(confidence.TUNED_FOR, level)
+    z += stats.norm.isf(1 / (2 * target.entries)) if target.entries > 1 else 1.0
+    ratio = np.divide(spread, np.abs(room), out=np.full(room.shape, np.inf), where=room != 0)
+    return float((z * (ratio[room < 0].min() if refuting else ratio.max())) ** 2)

@@ -33,8 +33,9 @@ Numbers = list[float | None]
 class Verdict:
     """The verdict on one question of a claim.
 
-    `prediction`, `estimate`, `low`, `high` (the simultaneous interval) and `band` (its `low`
-    and `high`) run over `positions`.  `worst` names the position furthest out and what was
+    `prediction`, `estimate`, `low` and `high` (the interval that the verdict was read from: for
+    CONFIRMED each position's own, else the simultaneous one), `simultaneous` and `band` (a `low`
+    and a `high` each) run over `positions`.  `worst` names the position furthest out and what was
     found there.  `detectable` is the smallest error of the prediction, as a fraction of its
     scale, that these draws would have refuted everywhere.  `error_rate` is this verdict's
     share of the run's.
@@ -54,6 +55,7 @@ class Verdict:
     estimate: Numbers = field(default_factory=list)
     low: Numbers = field(default_factory=list)
     high: Numbers = field(default_factory=list)
+    simultaneous: dict[str, Numbers] = field(default_factory=lambda: {"low": [], "high": []})
     band: dict[str, Numbers] = field(default_factory=lambda: {"low": [], "high": []})
     worst: dict[str, Any] | None = None
     draws: int = 0
@@ -158,7 +160,8 @@ class Run:
             raise ValueError(f"no {', '.join(missing)} in run")
         for verdict in self.verdicts:
             lists = [verdict.prediction, verdict.estimate, verdict.low, verdict.high]
-            lists += [verdict.band["low"], verdict.band["high"]]
+            for pair in (verdict.band, verdict.simultaneous):
+                lists += [pair["low"], pair["high"]]
             if any(len(values) != len(verdict.positions) for values in lists):
                 raise ValueError(f"lists of different lengths in {verdict.claim}")
             if not all(isinstance(x, int | float | None) for values in lists for x in values):

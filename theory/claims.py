@@ -290,7 +290,6 @@ class Setting:
         options: dict[str, Any] = {
             "n_ctx": self.n_ctx,
             "tokens": GaussianTokens(self.token_std),
-            "d_ff": self.d_model,
             **changes,
         }
         assert self.n_heads is not None

@@ -7,6 +7,7 @@ import pytest
 
 import nope
 from montecarlo import Measurement, decide, measure
+from montecarlo.confidence import FIRST_LOOK
 from montecarlo.decide import Campaign, Target
 from montecarlo.moments import Moments
 from montecarlo.observables import STATISTICS
@@ -206,3 +207,13 @@ def test_standard_errors_of_ratios_are_those_of_repetition():
     found = [Measurement(question, Moments.of(draws)) for draws in components]
     spread = np.std([one.mean[0] for one in found], ddof=1)
     assert np.mean([one.standard_error[0] for one in found]) == pytest.approx(spread, rel=0.25)
+
+
+def test_nothing_is_decided_before_the_first_look():
+    """However few draws are allowed, a verdict has at least `FIRST_LOOK` of them."""
+    question = nope.Question(
+        nope.decoder(768, 12, n_ctx=256), nope.init.normal(0.02), "blocks.0.ln1", "second_moment"
+    )
+    decision = decide(question, 5.0, 6.0, draws=2, workers=1)
+    assert decision.measurement.draws < FIRST_LOOK
+    assert decision.verdict == "UNDECIDED"

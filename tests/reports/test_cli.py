@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -126,6 +127,73 @@ def test_version_verbose_names_what_a_bug_report_needs():
     done = nope("--version", "--verbose")
     assert done.returncode == 0
     assert all(name in done.stdout for name in ("torch", "numpy", "sympy", "python", "commit"))
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
+    """--out that is a file, --json that is a directory or in none: no draw is spent."""
+    (tmp_path / "file").write_text("")
+    places = [["--out", str(tmp_path / "file")], ["--json", str(tmp_path)]]
+    for words in [*places, ["--json", str(tmp_path / "nothing" / "x.json")]]:
+        begin = time.monotonic()
+        done = nope("verify", "chi2023.lemma1", "--n-ctx", "2048", *words)
+        assert done.returncode == 2
+        assert "expected a" in done.stderr
+        assert time.monotonic() - begin < 60
+
+
+def workers_of(pid: int) -> list[int]:
+    """The worker processes of a coordinator."""
+    found = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True)
+    pairs = [tuple(map(int, line.split())) for line in found.stdout.splitlines()[1:]]
+    return [child for child, parent in pairs if parent == pid]
+
+
+def started(*words: str) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A long run with two workers that are up."""
+    command = [sys.executable, "-m", "nope", "verify", "chi2023.lemma3", "--d-model", "64"]
+    command += ["--n-ctx", "64", "--tolerance", "1e-5", "--workers", "2", *words]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, start_new_session=True, **quiet)
+    deadline = time.monotonic() + 60
+    while len(workers_of(process.pid)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(4)
+    return process, workers_of(process.pid)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
+def test_kill_9_of_the_coordinator_leaves_no_worker():
+    """Workers end with their coordinator, however it went."""
+    process, workers = started()
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not [pid for pid in workers if alive(pid)]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
+def test_a_killed_worker_does_not_lose_the_run(tmp_path):
+    """What was known is saved, and the status is that of an undecided run."""
+    process, workers = started("--out", str(tmp_path))
+    for pid in workers:
+        command = Path(f"/proc/{pid}/cmdline").read_text()
+        if "tracker" not in command:
+            os.kill(pid, signal.SIGKILL)
+    assert process.wait(timeout=60) == 3
+    run = Run.load(tmp_path)
+    assert run.info["broken"]
+    assert run.verdicts[0].verdict == "UNDECIDED"
 
 
 def test_ctrl_c_stops_at_a_block_and_writes_the_run(tmp_path):

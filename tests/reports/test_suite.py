@@ -128,6 +128,63 @@ def test_a_band_wider_than_ten_percent_is_uninformative():
     assert "20.0%" in verdict.reason
 
 
+def a_claim(prediction, **options) -> theory.Claim:
+    """A claim of a user's own about the residual stream."""
+    setting = theory.Setting(**SMALL)
+    question = setting.question("blocks.0.resid_mid", "second_moment", attention="uniform")
+    return theory.Claim("user.one", "One.", "a test", "exact", question, prediction, **options)
+
+
+def test_a_zero_prediction_with_a_remainder_is_uninformative():
+    """A band around 0 that everything fits into is no knowledge."""
+    vague = theory.Prediction(np.zeros(8), np.full(8, 0.09), theory.Status.LEADING_ORDER)
+    (verdict,) = reports.verify(a_claim(lambda question: vague), workers=1)
+    assert verdict.verdict == UNINFORMATIVE
+
+
+def test_predictions_that_cannot_be_are_refused():
+    """A negative or missing remainder, a wrong shape, two claims of one name."""
+    negative = theory.Prediction(np.ones(8), np.full(8, -0.1), theory.Status.LEADING_ORDER)
+    with pytest.raises(ValueError, match="expected the remainder"):
+        reports.verify(a_claim(lambda question: negative), workers=1)
+    with pytest.raises(ValueError, match="shape"):
+        reports.verify(a_claim(np.ones(3)), workers=1)
+    with pytest.raises(ValueError, match="own id"):
+        reports.verify([a_claim(1.0), a_claim(2.0)], workers=1)
+
+
+def test_an_expectation_that_cannot_be_derived_is_no_expectation():
+    """The claim is judged all the same."""
+    setting = theory.Setting(**SMALL)
+    question = setting.question("blocks.0.attn.z", "adjacency_score.norm", attention="uniform")
+    claim = theory.Claim(
+        "user.norm", "Norms fall.", "a test", "exact", question, 0.5, expected=theory.predict
+    )
+    (verdict,) = reports.verify(claim, workers=1, draws=2000)
+    assert verdict.expected is None
+    assert verdict.verdict == "REFUTED"
+
+
+@pytest.mark.parametrize(("std", "dtype"), [(1e-30, "float32"), (1e-85, "float64")])
+def test_underflow_is_said_and_never_judged(std, dtype):
+    """What the dtype cannot hold is UNDECIDED with the reason."""
+    claims = theory.claims(d_model=16, n_ctx=4, n_heads=2, std=std)
+    chosen = [c for c in claims if c.id in ("chi2023.lemma2.corrected", "chi2023.lemma3")]
+    run = reports.verify(chosen, workers=1, draws=300, dtype=dtype)
+    for verdict in run:
+        assert verdict.verdict == "UNDECIDED"
+        assert "underflow" in verdict.words
+
+
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+def test_eps_at_small_widths_is_not_wrongly_refuted(width):
+    """The remainder of v/(v + eps) is honest where |x|^2 fluctuates most."""
+    claims = theory.claims(d_model=width, n_ctx=2)
+    chosen = [claim for claim in claims if claim.id == "ours.layernorm.eps"]
+    (verdict,) = reports.verify(chosen, workers=1, draws=20_000, dtype="float64")
+    assert verdict.verdict in ("CONFIRMED", UNINFORMATIVE)
+
+
 def test_the_error_rate_is_shared_over_what_is_judged():
     """Half for CONFIRMED, half for REFUTED, divided over the judged questions only."""
     claims = theory.claims(d_model=16, n_ctx=1)
@@ -175,7 +232,8 @@ def test_dry_run_estimates_are_of_the_right_size():
     """The planned draws are within a factor of eight of the spent ones, where it matters."""
     claims = [c for c in theory.claims(**SMALL) if c.id in ("chi2023.lemma3", "zuo2025.cosine")]
     cases = suite.cases_of(claims, 0.025)
-    estimates = suite.dry_run(cases, suite.Conditions(1), 1e-3, workers=1)
+    estimates, total = suite.dry_run(cases, suite.Conditions(1), 1e-3, workers=1)
+    assert total > 0
     run = reports.verify(claims, seed=1, workers=1)
     for estimate, verdict in zip(estimates, run, strict=True):
         assert verdict.draws / 8 < estimate.draws < verdict.draws * 8

@@ -73,6 +73,47 @@ def test_a_foreign_file_is_refused(text, tmp_path):
         Run.load(tmp_path)
 
 
+def test_a_damaged_run_is_refused(run, tmp_path):
+    """Missing parts, lists of different lengths, words for numbers: one line each."""
+    whole = json.loads(run.to_json())
+    judged = next(k for k, entry in enumerate(whole["verdicts"]) if entry["positions"])
+    damages = [
+        lambda content: content["run"].pop("seconds"),
+        lambda content: content["verdicts"][judged]["estimate"].pop(),
+        lambda content: content["verdicts"][judged]["low"].__setitem__(0, "low"),
+        lambda content: content["verdicts"][judged]["question"].pop("place"),
+    ]
+    for damage in damages:
+        content = json.loads(run.to_json())
+        damage(content)
+        (tmp_path / FILE).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"expected .* nope.verdicts/1"):
+            Run.load(tmp_path)
+
+
+def test_the_printed_interval_is_the_one_that_decided(run):
+    """CONFIRMED: all of it inside the band.  REFUTED: the worst lies wholly outside."""
+    names = {verdict.verdict for verdict in run}
+    assert {"CONFIRMED", "REFUTED"} <= names
+    for verdict in run:
+        low, high = verdict.band["low"], verdict.band["high"]
+        if verdict.verdict == "CONFIRMED":
+            for k in range(len(verdict.positions)):
+                assert low[k] <= verdict.low[k]
+                assert high[k] is None or verdict.high[k] <= high[k]
+        if verdict.verdict == "REFUTED":
+            k = verdict.positions.index(verdict.worst["position"])
+            assert verdict.worst["high"] < low[k] or verdict.worst["low"] > high[k]
+
+
+def test_a_changed_paper_claim_has_no_command():
+    """A claim made from a paper's by `replace` is a user's own."""
+    lemma1 = next(c for c in theory.claims(d_model=16, n_ctx=3) if c.id == "chi2023.lemma1")
+    changed = replace(lemma1, prediction=1.0)
+    with pytest.raises(ValueError, match="claims of your own"):
+        reports.verify(changed, workers=1, draws=64).reproduce()
+
+
 def test_a_missing_run_is_refused(tmp_path):
     """The remedy names the command."""
     with pytest.raises(FileNotFoundError, match="nope verify --out"):

@@ -53,7 +53,7 @@ def leading_bias(correlation: np.ndarray, width: float) -> np.ndarray:
 
 @cache
 def _compiled_bias() -> Callable[..., Any]:
-    return compile_number_form(rho - gaussian_pair_expansion(), (rho, d))
+    return compile_number_form(sp.factor(rho - gaussian_pair_expansion()), (rho, d))
 
 
 def cosine_covariance() -> sp.Expr:
