@@ -31,9 +31,15 @@ from theory.claims import Claim, select
 INTERRUPTED, BAD_USAGE, UNFORESEEN = 130, 2, 70
 REFUSALS = (ValueError, LookupError, OSError, ArithmeticError, MemoryError, RuntimeError)
 CURVE_ROWS = 8
-WIDE, NARROW = 140, 110
-"""Columns of a pipe; a terminal with fewer than the latter gets fewer columns of the table."""
-COMPACT = ["claim", "verdict", "theory", "measured"]
+WIDE = 170
+"""Columns of a pipe."""
+COLUMNS = {
+    165: "claim;verdict;expected;worst at;theory;measured;interval;draws;s",
+    144: "claim;verdict;worst at;theory;measured;interval;draws",
+    110: "claim;verdict;worst at;theory;measured",
+    0: "claim;verdict;theory;measured",
+}
+"""What the table of verdicts shows on a terminal of at least so many columns."""
 COLOURS = {"CONFIRMED": "green", "REFUTED": "red", "UNDECIDED": "yellow"}
 
 app = typer.Typer(
@@ -272,10 +278,9 @@ def _print_dry_run(
 def print_run(run: Run, out: Path | None) -> None:
     """The table of verdicts, the measured curves of what was refuted, and what to do next."""
     console = _console()
-    wide = console.width >= NARROW
-    names = ["claim", "verdict", "expected", "worst at", "theory", "measured", "interval"]
+    shown = next(names for least, names in COLUMNS.items() if console.width >= least)
     table = Table()
-    for name in [*names, "draws", "s"] if wide else COMPACT:
+    for name in shown.split(";"):
         table.add_column(name, no_wrap=True, overflow="fold")
     for verdict in run:
         cells = _cells(verdict)
