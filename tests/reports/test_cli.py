@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -141,11 +142,19 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
         assert time.monotonic() - begin < 60
 
 
+def status_of(pid: int | str) -> list[str]:
+    """State, parent and the rest of a process, as Linux tells it."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+
+
 def workers_of(pid: int) -> list[int]:
     """The worker processes of a coordinator."""
-    found = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True)
-    pairs = [tuple(map(int, line.split())) for line in found.stdout.splitlines()[1:]]
-    return [child for child, parent in pairs if parent == pid]
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and int(status_of(entry.name)[1]) == pid:
+                found.append(int(entry.name))
+    return found
 
 
 def started(*words: str) -> tuple[subprocess.Popen[bytes], list[int]]:
@@ -162,11 +171,11 @@ def started(*words: str) -> tuple[subprocess.Popen[bytes], list[int]]:
 
 
 def alive(pid: int) -> bool:
+    """Whether a process runs; one that waits to be reaped does not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return status_of(pid)[0] != "Z"
+    except OSError:
         return False
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
