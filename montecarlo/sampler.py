@@ -20,7 +20,8 @@ from torch import Tensor
 from montecarlo.moments import Moments
 from montecarlo.observables import STATISTICS
 from nope import streams, transformer
-from nope.architecture import Activate, Architecture, Mix, Weight, _count
+from nope.architecture import Activate, Architecture, Mix, Weight
+from nope.checks import expect_count
 from nope.devices import DTYPES
 from nope.init import Scheme
 from nope.questions import Question, Weights, given_weights, stream_key
@@ -72,7 +73,7 @@ class Conditions:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _count("seed", self.seed, least=0)
+        expect_count("seed", self.seed, least=0)
 
 
 @contextmanager

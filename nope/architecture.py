@@ -12,12 +12,12 @@ is therefore also the only list of places (`Architecture.places`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from numbers import Integral, Real
 from typing import ClassVar, Literal, Protocol, runtime_checkable
+
+from nope.checks import expect, expect_choice, expect_count, expect_finite
 
 AttentionKind = Literal["softmax", "uniform"]
 ActivationName = Literal["relu", "gelu", "identity"]
@@ -30,33 +30,9 @@ NORMS = ("layernorm", "rmsnorm")
 NORM_POSITIONS = ("pre", "post", "none")
 
 
-def _expect(condition: bool, expected: str, got: object, remedy: str) -> None:
-    """Raise `ValueError` in the house form unless `condition` holds."""
-    if not condition:
-        raise ValueError(f"expected {expected}, got {got!r}; {remedy}")
-
-
-def _count(name: str, value: object, least: int = 1) -> None:
-    ok = not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
-    _expect(ok, f"{name} to be a whole number of at least {least}", value, f"change {name}")
-
-
-def _finite(name: str, value: object, *, positive: bool = False) -> None:
-    number = math.nan
-    if not isinstance(value, bool) and isinstance(value, Real):
-        number = float(value)
-    ok = math.isfinite(number) and (number > 0 if positive else number >= 0)
-    kind = "positive" if positive else "non-negative"
-    _expect(ok, f"{name} to be a finite {kind} number", value, f"change {name}")
-
-
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    _expect(value in allowed, f"{name} to be one of {', '.join(allowed)}", value, f"change {name}")
-
-
 def _divides(n_heads: int, d_model: int) -> None:
     remedy = f"use one of the divisors of {d_model}"
-    _expect(d_model % n_heads == 0, f"n_heads to divide d_model={d_model}", n_heads, remedy)
+    expect(d_model % n_heads == 0, f"n_heads to divide d_model={d_model}", n_heads, remedy)
 
 
 # ---------------------------------------------------------------- weights and operations
@@ -207,7 +183,7 @@ class GaussianTokens:
     std: float = 0.02
 
     def __post_init__(self) -> None:
-        _finite("the tokens' std", self.std, positive=True)
+        expect_finite("the tokens' std", self.std, positive=True)
 
 
 @dataclass(frozen=True)
@@ -219,11 +195,11 @@ class Norm:
     eps: float = 0.0
 
     def __post_init__(self) -> None:
-        _choice("norm", self.kind, NORMS)
-        _finite("eps", self.eps)
+        expect_choice("norm", self.kind, NORMS)
+        expect_finite("eps", self.eps)
 
     def operations(self, scope: Scope, source: str) -> Iterator[Operation]:
-        _expect(
+        expect(
             scope.d_model > 1 or self.kind != "layernorm" or self.eps > 0,
             "d_model of at least 2 for a LayerNorm with eps 0 (one centred coordinate is 0/0)",
             scope.d_model,
@@ -242,8 +218,8 @@ class Attention:
     name: str = "attn"
 
     def __post_init__(self) -> None:
-        _count("n_heads", self.n_heads)
-        _choice("attention", self.kind, ATTENTION_KINDS)
+        expect_count("n_heads", self.n_heads)
+        expect_choice("attention", self.kind, ATTENTION_KINDS)
 
     def operations(self, scope: Scope, source: str) -> Iterator[Operation]:
         d, heads = scope.d_model, self.n_heads
@@ -286,8 +262,8 @@ class MLP:
     name: str = "mlp"
 
     def __post_init__(self) -> None:
-        _count("d_ff", self.d_ff)
-        _choice("activation", self.activation, ACTIVATIONS)
+        expect_count("d_ff", self.d_ff)
+        expect_choice("activation", self.activation, ACTIVATIONS)
 
     def operations(self, scope: Scope, source: str) -> Iterator[Operation]:
         here, d = scope.within(self.name), scope.d_model
@@ -358,11 +334,11 @@ class Architecture:
     body: Layer
 
     def __post_init__(self) -> None:
-        _count("d_model", self.d_model)
-        _count("n_ctx", self.n_ctx)
+        expect_count("d_model", self.d_model)
+        expect_count("n_ctx", self.n_ctx)
         names = [operation.place for operation in self.operations]
         twice = sorted({name for name in names if names.count(name) > 1})
-        _expect(not twice, "every place to have its own name", twice, "name the layers apart")
+        expect(not twice, "every place to have its own name", twice, "name the layers apart")
 
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
@@ -442,12 +418,12 @@ def decoder(
 
     Raises `ValueError` for impossible sizes.
     """
-    _count("d_model", d_model)
-    _count("n_layers", n_layers, least=0)
-    _choice("norm_position", norm_position, NORM_POSITIONS)
-    _choice("activation", activation, ACTIVATIONS)
+    expect_count("d_model", d_model)
+    expect_count("n_layers", n_layers, least=0)
+    expect_choice("norm_position", norm_position, NORM_POSITIONS)
+    expect_choice("activation", activation, ACTIVATIONS)
     width = 4 * d_model if d_ff is None else d_ff
-    _count("d_ff", width, least=0)
+    expect_count("d_ff", width, least=0)
     mix = Attention(n_heads, attention, bias)
     _divides(n_heads, d_model)
     mlp = MLP(width, activation, bias) if width else None

@@ -17,7 +17,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from nope.architecture import Architecture, Weight, _finite
+from nope.architecture import Architecture, Weight
+from nope.checks import expect_finite
 
 
 @runtime_checkable
@@ -55,7 +56,7 @@ class Normal:
     kurtosis: ClassVar[float] = 3.0
 
     def __post_init__(self) -> None:
-        _finite("the weights' std", self.std)
+        expect_finite("the weights' std", self.std)
 
     @property
     def variance(self) -> float:
@@ -91,7 +92,7 @@ class IndependentNormal:
     std: float
 
     def __post_init__(self) -> None:
-        _finite("the weights' std", self.std)
+        expect_finite("the weights' std", self.std)
 
     def law(self, weight: Weight, architecture: Architecture) -> WeightLaw:
         return Zero() if weight.role == "bias" else Normal(self.std)
@@ -107,7 +108,7 @@ class GPT2:
     std: float = 0.02
 
     def __post_init__(self) -> None:
-        _finite("the weights' std", self.std)
+        expect_finite("the weights' std", self.std)
 
     def law(self, weight: Weight, architecture: Architecture) -> WeightLaw:
         if weight.role == "bias":

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nope.architecture import Architecture, Operation, _count, _expect
+from nope.architecture import Architecture, Operation
+from nope.checks import expect, expect_count
 from nope.init import Scheme
 
 Shape = Literal["positions", "adjacent", "pairs", "distinct_pairs", "steps", "whole", "coordinates"]
@@ -149,7 +150,7 @@ class Weights:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _count("the weights' seed", self.seed, least=0)
+        expect_count("the weights' seed", self.seed, least=0)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Question:
     given: Weights | None = None
 
     def __post_init__(self) -> None:
-        _expect(
+        expect(
             self.observable in OBSERVABLES,
             f"an observable of {', '.join(OBSERVABLES)}",
             self.observable,

@@ -112,7 +112,7 @@ class Run:
             "run": self.info,
             "verdicts": [asdict(v) for v in self.verdicts],
         }
-        return json.dumps(_finite(content), indent=1, allow_nan=False)
+        return json.dumps(expect_finite(content), indent=1, allow_nan=False)
 
     def save(self, directory: str | Path) -> Path:
         """Write `run.json` into `directory`, made when missing; returns the file."""
@@ -213,11 +213,11 @@ class Run:
         return shlex.join(words)
 
 
-def _finite(value: Any) -> Any:
+def expect_finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: expect_finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
+        return [expect_finite(entry) for entry in value]
     return value

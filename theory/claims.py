@@ -18,7 +18,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 
 import nope
-from nope.architecture import Architecture, GaussianTokens, _count, _finite
+from nope.architecture import Architecture, GaussianTokens
+from nope.checks import expect_count, expect_finite
 from nope.questions import Question
 from theory.formula import Formula, Status
 from theory.predict import Prediction, arguments, at, predict
@@ -192,7 +193,7 @@ class Claim:
             raise ValueError(f"expected status {known}, got {self.status!r}; change status")
         object.__setattr__(self, "status", Status(self.status))
         if self.band is not None:
-            _finite(f"the band of claim {self.id}", self.band, positive=True)
+            expect_finite(f"the band of claim {self.id}", self.band, positive=True)
 
     @property
     def asked(self) -> tuple[Question, ...]:
@@ -278,10 +279,10 @@ class Setting:
     token_std: float = 0.02
 
     def __post_init__(self) -> None:
-        _count("d_model", self.d_model)
-        _count("n_ctx", self.n_ctx)
-        _finite("std", self.std, positive=True)
-        _finite("token_std", self.token_std, positive=True)
+        expect_count("d_model", self.d_model)
+        expect_count("n_ctx", self.n_ctx)
+        expect_finite("std", self.std, positive=True)
+        expect_finite("token_std", self.token_std, positive=True)
         if self.n_heads is None:
             object.__setattr__(self, "n_heads", gcd(12, self.d_model))
 

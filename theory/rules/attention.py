@@ -38,6 +38,7 @@ def _(operation: Scores, traits: Mapping[str, Traits]) -> Rule:
 
 @rule_for.register
 def _(operation: Softmax, traits: Mapping[str, Traits]) -> Rule:
+    """E a_mn^2 = 1/m^2; what is dropped is (e^{s^2} - 1)(1 - 1/m), s^2 the logit's variance."""
     return Rule(
         name="softmax taken as uniform",
         statement="A query spreads its attention evenly over its prefix: a_mn = 1/m.",
@@ -52,6 +53,7 @@ def _(operation: Softmax, traits: Mapping[str, Traits]) -> Rule:
 
 @rule_for.register
 def _(operation: Uniform, traits: Mapping[str, Traits]) -> Rule:
+    """a_mn^2 = 1/m^2."""
     return Rule(
         name="uniform pattern",
         statement="The pattern is a_mn = 1/m by definition.",
@@ -79,6 +81,7 @@ def prefix_mean(name: str, sources: tuple[str, ...], traits: Traits, remainder: 
 
 @rule_for.register
 def _(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
+    """The prefix mean of the values' kernel; exact for a uniform pattern."""
     pattern, values = operation.inputs
     after = Traits(maps=traits[values].maps)
     logits = traits[pattern].logits
@@ -90,6 +93,7 @@ def _(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
 
 @rule_for.register
 def _(operation: Average, traits: Mapping[str, Traits]) -> Rule:
+    """The prefix mean of the input's kernel."""
     before = traits[operation.inputs[0]]
     after = Traits(maps=before.maps, isotropic=before.isotropic)
     return prefix_mean("causal mean", operation.inputs, after, ZERO)

@@ -12,6 +12,7 @@ from theory.symbols import d, m, n, sigma_x
 
 @rule_for.register
 def _(operation: Embed, traits: Mapping[str, Traits]) -> Rule:
+    """K(m, n) = sigma_x^2 delta_mn; kurtosis 3 and E|x|^4/(E|x|^2)^2 = 1 + 2/d."""
     return Rule(
         name="i.i.d. Gaussian tokens",
         statement="Different positions are independent, one coordinate has variance sigma_x^2.",

@@ -1,0 +1,33 @@
+"""Refusals in the house form: what was expected, what was got, the remedy."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+
+def expect(condition: bool, expected: str, got: object, remedy: str) -> None:
+    """Raise `ValueError` in the house form unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"expected {expected}, got {got!r}; {remedy}")
+
+
+def expect_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse what is not a whole number of at least `least` (a bool is none)."""
+    ok = not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
+    expect(ok, f"{name} to be a whole number of at least {least}", value, f"change {name}")
+
+
+def expect_finite(name: str, value: object, *, positive: bool = False) -> None:
+    """Refuse what is not a finite number of at least 0, or above 0 if `positive`."""
+    number = math.nan
+    if not isinstance(value, bool) and isinstance(value, Real):
+        number = float(value)
+    ok = math.isfinite(number) and (number > 0 if positive else number >= 0)
+    kind = "positive" if positive else "non-negative"
+    expect(ok, f"{name} to be a finite {kind} number", value, f"change {name}")
+
+
+def expect_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Refuse what is not one of `allowed`."""
+    expect(value in allowed, f"{name} to be one of {', '.join(allowed)}", value, f"change {name}")
