@@ -23,7 +23,7 @@ from nope.architecture import Linear, Normalise, Uniform
 from nope.questions import Question
 from theory.derivation import Derivation, Step, derive
 from theory.formula import Formula, Status, compile_number_form
-from theory.formulas.cosine import adjacency_score, leading_bias
+from theory.formulas.cosine import adjacency_score, cosine_remainder
 from theory.kernel import KernelValues, Traits
 from theory.symbols import WEIGHT_STD, m, n
 
@@ -260,10 +260,10 @@ class _Predictor:
         values, place = self.values(), self.question.place
         size = np.sqrt(values.kernel(place, "mm") * values.kernel(place, "nn"))
         rho = values.kernel(place) / size
-        bias = leading_bias(rho, self.bindings["d"] / max(self.traits.maps, 1))
+        bias = cosine_remainder(rho, self.bindings["d"] / max(self.traits.maps, 1))
         same = np.equal(*position_arrays(self.question))
         own = np.where(same, 0.0, values.remainder(place))
-        return rho, own + (np.abs(bias) if finite_width else 0.0)
+        return rho, own + (bias if finite_width else 0.0)
 
     def _cosine_steps(self) -> tuple[Any, Any]:
         rho, remainder = self._cosine()

@@ -14,7 +14,7 @@ from nope.questions import Question, Weights, coordinate_grid, given_weights
 from theory.claims import Claim, Setting, best_theory
 from theory.formula import Status
 from theory.formulas import formula
-from theory.formulas.cosine import leading_bias
+from theory.formulas.cosine import cosine_remainder
 from theory.formulas.stream import coordinate_variance, norm_fluctuation
 from theory.predict import Prediction, at, bindings, position_arrays
 
@@ -281,7 +281,7 @@ def leading_cosine(question: Question) -> Prediction:
     """sqrt(n/m) over the roots of both inflations: the diagonal grows, the rest does not.
 
     The remainder is that of the inflations, 2 s^2/d on the covariance (queries share their
-    keys' empirical kernel) and the finite width's, `leading_bias` with three random maps.
+    keys' empirical kernel) and the finite width's, with three random maps.
     """
     known, (left, right) = bindings(question), position_arrays(question)
     (rows, lost_rows), (columns, lost_columns) = (
@@ -289,5 +289,5 @@ def leading_cosine(question: Question) -> Prediction:
     )
     values = at(formula("cosine.uniform"), question) / np.sqrt(rows * columns)
     relative = (lost_rows / rows + lost_columns / columns) / 2 + 2 * known["s"] ** 2 / known["d"]
-    remainder = values * relative + np.abs(leading_bias(values, known["d"] / 3))
+    remainder = values * relative + cosine_remainder(values, known["d"] / 3)
     return Prediction(values, remainder, Status.LEADING_ORDER)
