@@ -9,7 +9,9 @@
 ((4,), True)
 """
 
-from montecarlo.decide import Campaign, Decision, Measurement, Target, decide, measure
+from montecarlo.campaign import Campaign
+from montecarlo.decide import decide, measure
+from montecarlo.evidence import Decision, Measurement, Target
 from montecarlo.sampler import Conditions
 
 __all__ = [

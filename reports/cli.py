@@ -24,7 +24,7 @@ import theory
 from montecarlo import Campaign, Conditions
 from montecarlo.engines import default_workers
 from nope.devices import resolve_device
-from reports import grids, suite
+from reports import grids, plan, suite
 from reports.verdicts import REFUTED, Run, Verdict
 from theory.claims import Claim, select
 
@@ -255,7 +255,7 @@ def _print_dry_run(
 ) -> None:
     count = workers or default_workers(conditions.device)
     cases = suite.cases_of(claims, tolerance)
-    found, total = suite.dry_run(cases, conditions, error_rate, count)
+    found, total = plan.dry_run(cases, conditions, error_rate, count)
     estimates = {id(estimate.case): estimate for estimate in found}
     table = _table("claim", "judged at", "band", "expected", "draws", "seconds", "MiB")
     for case in cases:
@@ -270,7 +270,7 @@ def _print_dry_run(
     console = _console()
     console.print(table)
     console.print(
-        f"Estimated from {suite.PILOT_DRAWS} draws or one block each; about {total:.0f} s "
+        f"Estimated from {plan.PILOT_DRAWS} draws or one block each; about {total:.0f} s "
         f"together on {count} workers (claims on one architecture share draws)."
     )
 

@@ -9,7 +9,8 @@ import torch
 
 import nope
 from montecarlo import measure
-from montecarlo.decide import Campaign, Target
+from montecarlo.campaign import Campaign
+from montecarlo.evidence import Target
 from montecarlo.sampler import Conditions, Group, sample
 from nope.streams import TorchSource
 

@@ -15,7 +15,7 @@ from scipy import optimize, stats
 import nope
 from montecarlo import confidence
 from montecarlo.confidence import boundary, half_width, next_look
-from montecarlo.decide import Measurement
+from montecarlo.evidence import Measurement
 from montecarlo.moments import Moments
 
 SEQUENCES = 3000

@@ -7,8 +7,9 @@ import pytest
 
 import nope
 from montecarlo import Measurement, decide, measure
+from montecarlo.campaign import Campaign
 from montecarlo.confidence import FIRST_LOOK
-from montecarlo.decide import Campaign, Target
+from montecarlo.evidence import Target
 from montecarlo.moments import Moments
 from montecarlo.observables import STATISTICS
 from montecarlo.sampler import Conditions, Group, sample

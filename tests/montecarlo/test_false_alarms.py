@@ -13,7 +13,7 @@ from scipy import stats
 
 import nope
 from montecarlo import confidence
-from montecarlo.decide import Measurement, Target
+from montecarlo.evidence import Measurement, Target
 from montecarlo.moments import Moments
 
 SEQUENCES = 400

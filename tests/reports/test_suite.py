@@ -8,7 +8,7 @@ import pytest
 import nope
 import reports
 import theory
-from reports import suite
+from reports import plan, suite
 from reports.verdicts import NOT_APPLICABLE, UNINFORMATIVE
 
 SMALL = {"d_model": 64, "n_heads": 4, "n_ctx": 8, "std": 0.1}
@@ -232,7 +232,7 @@ def test_dry_run_estimates_are_of_the_right_size():
     """The planned draws are within a factor of eight of the spent ones, where it matters."""
     claims = [c for c in theory.claims(**SMALL) if c.id in ("chi2023.lemma3", "zuo2025.cosine")]
     cases = suite.cases_of(claims, 0.025)
-    estimates, total = suite.dry_run(cases, suite.Conditions(1), 1e-3, workers=1)
+    estimates, total = plan.dry_run(cases, suite.Conditions(1), 1e-3, workers=1)
     assert total > 0
     run = reports.verify(claims, seed=1, workers=1)
     for estimate, verdict in zip(estimates, run, strict=True):
