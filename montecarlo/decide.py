@@ -43,10 +43,11 @@ def measure(
     `FloatingPointError` where an observable is not finite.
     """
     asked = [questions] if isinstance(questions, Question) else list(questions)
-    everywhere = [
-        np.full(q.shape if q.reason_not_applicable is None else (1,), np.inf) for q in asked
-    ]
-    targets = [Target(q, -x, x, 0.5, 0.5) for q, x in zip(asked, everywhere, strict=True)]
+    targets = []
+    for question in asked:
+        question.require_applicable()
+        anywhere = np.full(question.shape, np.inf)
+        targets.append(Target(question, -anywhere, anywhere, 0.5, 0.5))
     conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
     decisions = Campaign(targets, conditions, draws).run(workers)
     found = [_require_finite(decision).measurement for decision in decisions]

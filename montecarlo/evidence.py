@@ -56,7 +56,7 @@ class Measurement:
         moments = np.abs(self.moments.mean[:, judged])
         if self.question.kind.scale == "absolute":
             vanished = (moments[0] == 0) & (self._spread()[0][judged] == 0)
-            bad = vanished & observable.startswith(("cosine", "adjacent", "kernel"))
+            bad = vanished & (self.question.kind.shape != "whole")  # a share may well be 0
         elif self.question.kind.scale == "kernel":
             bad = np.zeros(moments.shape[1], dtype=bool)
             bad[_on_diagonal(judged)] = np.abs(np.diagonal(self.mean)) < SMALLEST[self.dtype]

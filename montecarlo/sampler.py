@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -113,17 +112,12 @@ def sample(
     else:
         fixed: dict[str, np.ndarray] = {}
         for place in places:
-            fixed |= _given(Question(architecture, group.init, place, "kernel", group.given))
+            fixed |= given_weights(Question(architecture, group.init, place, "kernel", group.given))
 
         def weight(asked: Weight) -> Tensor:
-            return torch.as_tensor(fixed[asked.path], device=device, dtype=dtype).unsqueeze(0)
+            return torch.tensor(fixed[asked.path], device=device, dtype=dtype).unsqueeze(0)
 
     return transformer.evaluate(architecture, places, tokens, weight)
-
-
-@lru_cache(maxsize=16)
-def _given(question: Question) -> dict[str, np.ndarray]:
-    return given_weights(question)
 
 
 def block(

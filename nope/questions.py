@@ -10,9 +10,10 @@ Positions count from 1 in formulas; arrays are indexed from 0, so `values[0]` is
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -298,8 +299,9 @@ class NumpySource:
         return np.zeros(shape)
 
 
-def given_weights(question: Question) -> dict[str, np.ndarray]:
-    """The weights that `question.given` fixes, by path.
+@lru_cache(maxsize=16)
+def given_weights(question: Question) -> Mapping[str, np.ndarray]:
+    """The weights that `question.given` fixes, by path; read-only, drawn once.
 
     They are part of the question, so both routes read the same arrays; NumPy draws them
     because the theory does without torch.
@@ -312,4 +314,5 @@ def given_weights(question: Question) -> dict[str, np.ndarray]:
             key = stream_key(question.given.seed, "given", weight.path)
             source = NumpySource(np.random.Generator(np.random.Philox(np.random.SeedSequence(key))))
             arrays[weight.path] = question.init.law(weight, architecture).draw(source, weight.shape)
+            arrays[weight.path].flags.writeable = False
     return arrays

@@ -77,9 +77,7 @@ def main() -> None:
         message = error.args[0] if isinstance(error, LookupError) and error.args else error
         print(f"nope: {str(message).splitlines()[0]}", file=sys.stderr)
         sys.exit(BAD_USAGE)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:
+    except Exception:
         traceback.print_exc()
         sys.exit(UNFORESEEN)
 

@@ -86,6 +86,20 @@ def targets_of(cases: Sequence[Case], error_rate: float) -> list[Target]:
     return [Target(region.statistic, region.low, region.high, share, share) for region in regions]
 
 
+def _chosen(claims: Claim | Iterable[Claim] | None) -> tuple[Claim, ...]:
+    """The claims as a tuple.  Raises `ValueError` for what is none and for two of one id."""
+    if claims is None:
+        return all_claims()
+    found = (claims,) if isinstance(claims, Claim) else tuple(claims)
+    for claim in found:
+        if not isinstance(claim, Claim):
+            raise ValueError(f"expected theory.Claims, got {claim!r}; see theory.claims()")
+    twice = sorted(name for name, count in Counter(c.id for c in found).items() if count > 1)
+    if twice:
+        raise ValueError(f"expected every claim to have its own id, got {twice} twice; rename one")
+    return found
+
+
 def verify(
     claims: Claim | Iterable[Claim] | None = None,
     error_rate: float = ERROR_RATE,
@@ -114,16 +128,7 @@ def verify(
     Raises `ValueError` for arguments or predictions that cannot be.
     """
     begin = time.perf_counter()
-    chosen = (
-        all_claims()
-        if claims is None
-        else (claims,)
-        if isinstance(claims, Claim)
-        else tuple(claims)
-    )
-    twice = sorted(name for name, count in Counter(c.id for c in chosen).items() if count > 1)
-    if twice:
-        raise ValueError(f"expected every claim to have its own id, got {twice} twice; rename one")
+    chosen = _chosen(claims)
     cases = cases_of(chosen, tolerance)
     conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
     if budget is None and draws is None:

@@ -22,7 +22,7 @@ from theory.symbols import i, j, m, n
 
 K, J = sp.Function("K"), sp.Function("J")
 PREFIX_SUM = sp.Sum(K(i, j), (i, 1, m), (j, 1, n))
-ZERO, ONE = sp.Integer(0), sp.Integer(1)
+ZERO = sp.Integer(0)
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,8 @@ def test_predictions_that_cannot_be_are_refused():
         reports.verify(a_claim(lambda question: negative), workers=1)
     with pytest.raises(ValueError, match="shape"):
         reports.verify(a_claim(np.ones(3)), workers=1)
+    with pytest.raises(ValueError, match="expected theory"):
+        reports.verify("chi2023.lemma1", workers=1)
     with pytest.raises(ValueError, match="own id"):
         reports.verify([a_claim(1.0), a_claim(2.0)], workers=1)
 
