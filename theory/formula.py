@@ -17,7 +17,7 @@ import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property, reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import scipy.special
@@ -42,6 +42,26 @@ class Status(enum.StrEnum):
     """True up to a remainder that the object computes."""
     PRINTED = "printed"
     """What a paper prints, as far as its text could be read; possibly wrong."""
+
+
+class Numeric(sp.Function):
+    """A function without a closed form: `numbers` computes it on arrays that broadcast.
+
+    `by` says how (quadrature, recursion, ...).  A subclass gives both; its name is what is
+    printed, and `compile_number_form` finds the numbers by the class itself.
+    """
+
+    by: ClassVar[str]
+
+    @staticmethod
+    def numbers(*arrays: np.ndarray) -> np.ndarray:
+        """The values, in float64."""
+        raise NotImplementedError
+
+    def _eval_evalf(self, prec: int) -> sp.Expr | None:
+        if not all(argument.is_number for argument in self.args):
+            return None
+        return sp.Float(float(self.numbers(*(np.array(float(x)) for x in self.args))), 15)
 
 
 class LogGamma(sp.Function):
@@ -107,9 +127,16 @@ def compile_number_form(expr: sp.Expr, arguments: tuple[sp.Symbol, ...]) -> Call
     if expr.has(sp.gamma):
         expr = expr.replace(sp.gamma, lambda argument: sp.exp(LogGamma(argument)))
         expr = sp.powsimp(expr, combine="exp")
-    printer = NumberPrinter({"fully_qualified_modules": False, "inline": True})
+    numeric = {type(call).__name__: type(call).numbers for call in expr.atoms(Numeric)}
+    printer = NumberPrinter(
+        {
+            "fully_qualified_modules": False,
+            "inline": True,
+            "user_functions": {name: name for name in numeric},
+        }
+    )
     compiled: Callable[..., Any] = sp.lambdify(
-        arguments, expr, modules=[_NAMESPACE, "scipy", "numpy"], printer=printer
+        arguments, expr, modules=[{**_NAMESPACE, **numeric}, "scipy", "numpy"], printer=printer
     )
     return compiled
 

@@ -42,13 +42,15 @@ class Domain:
     @property
     def assumptions(self) -> Mapping[str, bool]:
         if self.integer:
-            return {"integer": True, "positive": True}
+            return {"integer": True, ("positive" if self.low > 0 else "nonnegative"): True}
         if self.low >= 0:
             return {"positive": True} if self.open_low else {"nonnegative": True}
         return {"real": True}
 
 
 COUNT = Domain("positive integer", 1, np.inf, integer=True)
+WHOLE = Domain("non-negative integer", 0, np.inf, integer=True)
+PROBABILITY = Domain("in [0, 1]", 0, 1)
 POSITIVE = Domain("positive", 0, np.inf, open_low=True)
 NON_NEGATIVE = Domain("non-negative", 0, np.inf)
 CORRELATION = Domain("in [-1, 1]", -1, 1)
@@ -131,6 +133,14 @@ a = _register("a", "variance of the first of a Gaussian pair", NON_NEGATIVE)
 b = _register("b", "variance of the second of a Gaussian pair", NON_NEGATIVE)
 c = _register("c", "covariance of a Gaussian pair", REAL)
 d_eff = _register("d_eff", "effective width: d over the number of Gaussian maps", POSITIVE)
+ell = _register("ell", "number of layers", WHOLE, "layers", ("n_layers",), r"\ell")
+beta = _register("beta", "gain of one layer's branch", REAL)
+g = _register("g", "gain of the value path, d^2 sigma_v^2 sigma_o^2", NON_NEGATIVE)
+kappa = _register("kappa", "gain over the variance of a token, g/sigma_x^2", NON_NEGATIVE)
+n_vocab = _register("V", "number of tokens in the vocabulary", COUNT, "tokens", ("n_vocab",))
+p_2 = _register("p_2", "probability that two positions hold the same token", PROBABILITY)
+x = _register("x", "value of a coordinate", REAL)
+v = _register("v", "variance of a coordinate", NON_NEGATIVE)
 M_jj = _register("M_jj", "diagonal entry (j, j) of M = W_O W_V", REAL)
 M_j2 = _register(
     "M_j2", "sum over i of M_ji^2, M = W_O W_V", NON_NEGATIVE, latex=r"\sum_i M_{ji}^{2}"
