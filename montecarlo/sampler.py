@@ -19,10 +19,11 @@ from torch import Tensor
 from montecarlo.moments import Moments
 from montecarlo.observables import STATISTICS
 from nope import streams, transformer
-from nope.architecture import Activate, Architecture, Mix, Weight
+from nope.architecture import Architecture
 from nope.checks import expect_count
 from nope.devices import DTYPES
 from nope.init import Scheme
+from nope.operations import Activate, Mix, Weight
 from nope.questions import Question, Weights, given_weights, stream_key
 
 BLOCK_ELEMENTS = 2**26

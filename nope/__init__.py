@@ -14,19 +14,10 @@ The torch layers are in `nope.transformer`, imported only when asked for.
 """
 
 from nope import init
-from nope.architecture import (
-    MLP,
-    Architecture,
-    Attention,
-    CausalMean,
-    GaussianTokens,
-    Norm,
-    Residual,
-    Sequence,
-    decoder,
-    prefix_means,
-)
+from nope.architecture import Architecture, decoder, prefix_means
+from nope.layers import MLP, Attention, CausalMean, Norm, Residual, Sequence
 from nope.questions import OBSERVABLES, Question, Weights
+from nope.tokens import GaussianTokens
 
 __all__ = [
     "MLP",

@@ -17,8 +17,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from nope.architecture import Architecture, Weight
+from nope.architecture import Architecture
 from nope.checks import expect_finite
+from nope.operations import Weight
 
 
 @runtime_checkable

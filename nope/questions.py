@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nope.architecture import Architecture, Operation
+from nope.architecture import Architecture
 from nope.checks import expect, expect_count
 from nope.init import Scheme
+from nope.operations import Operation
 
 Shape = Literal["positions", "adjacent", "pairs", "distinct_pairs", "steps", "whole", "coordinates"]
 Scale = Literal["relative", "kernel", "absolute"]

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from functools import singledispatch
+from functools import partial, singledispatch
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nope.architecture import (
+from nope.architecture import Architecture
+from nope.operations import (
     Activate,
     Add,
-    Architecture,
     Average,
     Embed,
     Linear,
     Mix,
+    Multiply,
     Normalise,
     Operation,
     Scores,
@@ -37,6 +38,10 @@ Weights = Mapping[str, Tensor]
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "erf": torch.erf,
     "identity": lambda x: x,
 }
 
@@ -103,7 +108,10 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
 def _(operation: Scores, inputs: list[Tensor], arrays: Weights) -> Tensor:
     q, k = inputs
     draws, heads, length, d_head = q.shape
-    mask = torch.full((length, length), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
+    if operation.causal:
+        mask = torch.full((length, length), -math.inf, device=q.device, dtype=q.dtype).triu_(1)
+    else:
+        mask = torch.zeros(length, length, device=q.device, dtype=q.dtype)
     flat = torch.baddbmm(
         mask,
         q.reshape(draws * heads, length, d_head),
@@ -121,8 +129,9 @@ def _(operation: Softmax, inputs: list[Tensor], arrays: Weights) -> Tensor:
 @apply.register
 def _(operation: Uniform, inputs: list[Tensor], arrays: Weights) -> Tensor:
     draws, heads, length, _ = inputs[0].shape
-    ones = torch.ones(length, length, device=inputs[0].device, dtype=inputs[0].dtype).tril_()
-    return (ones / _counts(inputs[0])).expand(draws, heads, length, length)
+    ones = torch.ones(length, length, device=inputs[0].device, dtype=inputs[0].dtype)
+    rows = ones.tril_() / _counts(inputs[0]) if operation.causal else ones / length
+    return rows.expand(draws, heads, length, length)
 
 
 @apply.register
@@ -148,5 +157,10 @@ def _(operation: Activate, inputs: list[Tensor], arrays: Weights) -> Tensor:
 
 
 @apply.register
+def _(operation: Multiply, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    return inputs[0] * inputs[1]
+
+
+@apply.register
 def _(operation: Add, inputs: list[Tensor], arrays: Weights) -> Tensor:
-    return inputs[0] + inputs[1]
+    return torch.add(*inputs, alpha=operation.scale)

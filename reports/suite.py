@@ -25,10 +25,11 @@ from montecarlo.engines import default_workers
 from nope.devices import resolve_device
 from nope.questions import Question
 from reports.verdicts import NOT_APPLICABLE, UNDECIDED, UNINFORMATIVE, Run, Verdict
-from theory.claims import UNINFORMATIVE_BAND, Claim, Region, scale_of
+from theory.claims import UNINFORMATIVE_BAND, Claim
 from theory.claims import claims as all_claims
 from theory.derivation import derive
 from theory.formula import Formula
+from theory.relations import Region, scale_of
 
 ERROR_RATE = 1e-3
 TOLERANCE = 0.025

@@ -9,11 +9,12 @@ d**2*sigma**4
 say; `theory.formulas()` is the mathematics by name.
 """
 
-from theory.claims import Claim, Equals, Ordered, Setting, claims
+from theory.claims import Claim, Setting, claims
 from theory.derivation import Derivation, derive
 from theory.formula import Formula, Status
 from theory.formulas import formula, formulas
 from theory.predict import Prediction, predict
+from theory.relations import Equals, Ordered
 
 __all__ = [
     "Claim",

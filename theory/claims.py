@@ -13,139 +13,23 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from math import gcd
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 import nope
-from nope.architecture import Architecture, GaussianTokens
+from nope.architecture import Architecture
 from nope.checks import expect_count, expect_finite
 from nope.questions import Question
+from nope.tokens import GaussianTokens
 from theory.formula import Formula, Status
 from theory.predict import Prediction, arguments, at, predict
+from theory.relations import Equals, Region, Relation
 
 PredictionLike = np.ndarray | Formula | Callable[[Question], Any] | float
 
 UNINFORMATIVE_BAND = 0.10
 """A band wider than this, remainder included, counts as no knowledge."""
-
-
-@dataclass(frozen=True, eq=False)
-class Region:
-    """Where the measured statistic must lie for a claim to hold, entry by entry.
-
-    `statistic` is the question that is measured; `low` and `high` have its shape and are
-    infinite where nothing is asserted; `width` is the half-width as a fraction of its scale.
-    """
-
-    statistic: Question
-    prediction: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    width: float
-
-
-@runtime_checkable
-class Relation(Protocol):
-    """What it means for a claim to hold: its statistic, its region, its words.
-
-    `Equals` and `Ordered` are built; a rate, a law or an identity is another class of this form.
-    """
-
-    @property
-    def name(self) -> str:
-        """A word for it, by which the report picks its figure."""
-
-    def statistic(self, question: Question) -> Question:
-        """The question whose answer decides."""
-
-    def predicted(self, question: Question, prediction: Prediction) -> tuple[Any, Any]:
-        """What a prediction says of the statistic: values and remainder, in its shape."""
-
-    def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
-        """Where the statistic must lie."""
-
-    def words(self, tolerance: float, scale: str, remainder: float) -> str:
-        """The relation in words; `remainder` is the largest that a band was widened by."""
-
-
-@dataclass(frozen=True)
-class Equals:
-    """measured = predicted, within the tolerance times the observable's scale, plus remainder."""
-
-    name: ClassVar[str] = "equals"
-
-    def statistic(self, question: Question) -> Question:
-        return question
-
-    def predicted(self, question: Question, prediction: Prediction) -> tuple[Any, Any]:
-        shape = question.shape
-        return np.broadcast_to(prediction.values, shape), np.broadcast_to(
-            prediction.remainder, shape
-        )
-
-    def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
-        values, remainder = self.predicted(question, prediction)
-        scale = scale_of(question, values)
-        width = tolerance * scale + remainder
-        low = np.where(question.judged, values - width, -np.inf)
-        high = np.where(question.judged, values + width, np.inf)
-        nothing = np.where(width > 0, np.inf, 0.0)
-        relative = np.divide(width, scale, out=nothing, where=scale > 0)
-        widest = relative[question.judged].max(initial=0.0)
-        return Region(question, values, low, high, float(widest))
-
-    def words(self, tolerance: float, scale: str, remainder: float) -> str:
-        units = {
-            "relative": f"{tolerance:.2%} of the prediction",
-            "kernel": f"{tolerance:.2%} of sqrt(K_mm K_nn) of the prediction",
-            "absolute": f"{tolerance:.3g} of the prediction, in absolute terms",
-        }
-        extra = f", and a remainder of up to {remainder:.2g}" if remainder > 0 else ""
-        return f"within {units[scale]}{extra}"
-
-
-@dataclass(frozen=True)
-class Ordered:
-    """The measured cosine falls with distance: every step towards the diagonal is positive."""
-
-    name: ClassVar[str] = "ordered"
-
-    def statistic(self, question: Question) -> Question:
-        if question.observable != "cosine":
-            raise ValueError(
-                f"expected an Ordered claim to ask for cosine, got {question.observable}; "
-                "use Equals"
-            )
-        return nope.Question(
-            question.architecture, question.init, question.place, "cosine_steps", question.given
-        )
-
-    def predicted(self, question: Question, prediction: Prediction) -> tuple[Any, Any]:
-        values = np.broadcast_to(prediction.values, question.shape)
-        remainder = np.broadcast_to(prediction.remainder, question.shape)
-        return np.diff(values, axis=1), remainder[:, 1:] + remainder[:, :-1]
-
-    def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
-        steps = self.statistic(question)
-        values, _ = self.predicted(question, prediction)
-        low = np.where(steps.judged, 0.0, -np.inf)
-        return Region(steps, values, low, np.full(steps.shape, np.inf), 0.0)
-
-    def words(self, tolerance: float, scale: str, remainder: float) -> str:
-        return "rising at every step towards the query, with no tolerance"
-
-
-def scale_of(question: Question, values: np.ndarray) -> np.ndarray:
-    """What a tolerance multiplies: the prediction, sqrt(K_mm K_nn), or 1."""
-    match question.kind.scale:
-        case "relative":
-            return np.asarray(np.abs(values))
-        case "kernel":
-            diagonal = np.sqrt(np.abs(np.diagonal(values)))
-            return np.asarray(diagonal[:, None] * diagonal[None, :])
-        case _:
-            return np.ones(question.shape)
 
 
 @dataclass(frozen=True, eq=False)

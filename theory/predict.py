@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import sympy as sp
 
-from nope.architecture import Linear, Normalise, Uniform
+from nope.operations import Linear, Normalise, Uniform
 from nope.questions import Question
 from theory.derivation import Derivation, Step, derive
 from theory.formula import Formula, Status, compile_number_form

@@ -9,8 +9,9 @@ import nope
 import theory
 from nope.init import normal
 from nope.questions import Question
-from theory.claims import UNINFORMATIVE_BAND, Claim, Equals, Ordered, select
+from theory.claims import UNINFORMATIVE_BAND, Claim, select
 from theory.predict import Prediction
+from theory.relations import Equals, Ordered
 
 REQUIRED = [
     "chi2023.layernorm",

@@ -12,7 +12,7 @@ import sympy as sp
 
 import nope
 import theory
-from nope.architecture import Add, Normalise
+from nope.operations import Add, Normalise
 from theory import symbols
 from theory.kernel import J, K, Traits
 from theory.rules import rule_for

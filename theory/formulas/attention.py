@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import sympy as sp
 
-from nope.architecture import AttentionKind, decoder
+from nope.architecture import decoder
+from nope.layers import AttentionKind
 from theory.derivation import derive
 from theory.formula import Formula, Status
 from theory.symbols import WEIGHT_STD, H, d, d_h, m, n, s, sigma

@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import nope
 from nope.questions import Question
-from theory.claims import Claim, Ordered, Setting, best_theory
+from theory.claims import Claim, Setting, best_theory
 from theory.formula import Status
 from theory.formulas import formula
 from theory.papers.chi2023 import leading_cosine
 from theory.predict import Prediction, at, predict
+from theory.relations import Ordered
 
 PAPER = "Zuo et al. 2025 (arXiv 2501.00073)"
 

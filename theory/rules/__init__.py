@@ -8,7 +8,7 @@ assumes, and the relative size of what it drops, 0 if it is exact.
 from collections.abc import Mapping
 from functools import singledispatch
 
-from nope.architecture import Operation
+from nope.operations import Operation
 from theory.kernel import Rule, Traits
 
 

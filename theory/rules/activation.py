@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import sympy as sp
 
-from nope.architecture import Activate
+from nope.operations import Activate
 from theory.formulas.duals import DUALS
 from theory.kernel import K, Rule, Traits
 from theory.rules import rule_for

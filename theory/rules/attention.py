@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import sympy as sp
 
-from nope.architecture import Average, Mix, Scores, Softmax, Uniform
+from nope.operations import Average, Mix, Scores, Softmax, Uniform
 from theory.kernel import PREFIX_SUM, ZERO, J, K, Rule, Traits
 from theory.rules import rule_for
 from theory.symbols import d, d_h, m, n

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import sympy as sp
 
-from nope.architecture import Linear, Weight
+from nope.operations import Linear, Weight
 from theory import symbols
 from theory.kernel import K, Rule, Traits
 from theory.rules import rule_for

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import sympy as sp
 
-from nope.architecture import Normalise
+from nope.operations import Normalise
 from theory import symbols
 from theory.formulas.norm import shrinkage_remainder
 from theory.kernel import ZERO, K, Rule, Traits

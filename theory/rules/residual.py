@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from nope.architecture import Add
+from nope.operations import Add
 from theory.kernel import J, K, Rule, Traits
 from theory.rules import rule_for
 from theory.symbols import m, n

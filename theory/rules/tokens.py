@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import sympy as sp
 
-from nope.architecture import Embed
+from nope.operations import Embed
 from theory.kernel import Rule, Traits
 from theory.rules import rule_for
 from theory.symbols import d, m, n, sigma_x
