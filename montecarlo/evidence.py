@@ -56,7 +56,7 @@ class Measurement:
         moments = np.abs(self.moments.mean[:, judged])
         if self.question.kind.scale == "absolute":
             vanished = (moments[0] == 0) & (self._spread()[0][judged] == 0)
-            bad = vanished & (self.question.kind.shape != "whole")  # a share may well be 0
+            bad = vanished & (self.question.kind.shape not in ("whole", "points"))  # shares
         elif self.question.kind.scale == "kernel":
             bad = np.zeros(moments.shape[1], dtype=bool)
             bad[_on_diagonal(judged)] = np.abs(np.diagonal(self.mean)) < SMALLEST[self.dtype]
@@ -70,6 +70,11 @@ class Measurement:
             f"expected {observable} at {self.question.place} within the range of {self.dtype}, got "
             f"0 or an underflow at position {where}; use float64 or a larger std"
         )
+
+    @property
+    def aside(self) -> str:
+        """What the evidence tells beside the estimate, in words; often nothing."""
+        return STATISTICS[self.question.observable].aside(self.moments.mean)
 
     def _spread(self) -> tuple[np.ndarray, np.ndarray]:
         gradient = STATISTICS[self.question.observable].gradient(self.moments.mean)

@@ -8,23 +8,25 @@ by (seed, block, path), so asking for more places changes no number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from montecarlo.moments import Moments
-from montecarlo.observables import STATISTICS
+from montecarlo.observables import STATISTICS, TRANSFORMS
 from nope import streams, transformer
 from nope.architecture import Architecture
 from nope.checks import expect_count
 from nope.devices import DTYPES
-from nope.init import Scheme
+from nope.init import Scheme, law_of
 from nope.operations import Activate, Mix, Weight
-from nope.questions import Question, Weights, given_weights, stream_key
+from nope.questions import Question, Transform, Weights, given_weights, stream_key
+from nope.tokens import GaussianTokens
 
 BLOCK_ELEMENTS = 2**26
 """A block's tensors together hold about this many numbers."""
@@ -47,7 +49,8 @@ class Group:
     def elements(self) -> int:
         """Roughly how many numbers one draw holds; blind to the kind of attention."""
         d, length = self.architecture.d_model, self.architecture.n_ctx
-        total = 4 * length * d
+        shared = () if self.given else self.architecture.tokens.weights(d)
+        total = 4 * length * d + sum(math.prod(weight.shape) for weight in shared)
         for operation in self.architecture.operations:
             if isinstance(operation, Mix):
                 weights = 0 if self.given else 4 * d * d
@@ -91,9 +94,16 @@ def one_thread() -> Iterator[None]:
 
 
 def sample(
-    group: Group, places: Sequence[str], index: int, conditions: Conditions
+    group: Group,
+    places: Sequence[str],
+    index: int,
+    conditions: Conditions,
+    transform: Transform | None = None,
 ) -> dict[str, Tensor]:
-    """The values at `places` in block number `index`, as `nope.transformer` shapes them."""
+    """The values at `places` in block number `index`, as `nope.transformer` shapes them.
+
+    `transform` is applied to the input vectors x_m; the weights are the same without it.
+    """
     device, dtype = torch.device(conditions.device), DTYPES[conditions.dtype]
 
     def source(path: str) -> streams.TorchSource:
@@ -101,13 +111,14 @@ def sample(
         return streams.TorchSource(streams.generator(key, device), device, dtype)
 
     architecture, size = group.architecture, group.block_size
-    shape = (size, architecture.n_ctx, architecture.d_model)
-    tokens = source("embed").normal(shape, architecture.tokens.std)
+    tokens = architecture.tokens.draw(
+        source("embed"), size, architecture.n_ctx, architecture.d_model
+    )
     weight: Callable[[Weight], Tensor]
     if group.given is None:
 
         def weight(asked: Weight) -> Tensor:
-            law = group.init.law(asked, architecture)
+            law = law_of(group.init, asked, architecture)
             drawn: Tensor = law.draw(source(asked.path), (size, *asked.shape))
             return drawn
     else:
@@ -118,7 +129,12 @@ def sample(
         def weight(asked: Weight) -> Tensor:
             return torch.tensor(fixed[asked.path], device=device, dtype=dtype).unsqueeze(0)
 
-    return transformer.evaluate(architecture, places, tokens, weight)
+    network = architecture
+    if transform is not None:
+        x = transformer.evaluate(architecture, ["embed"], tokens, weight)["embed"]
+        tokens = TRANSFORMS[transform](x)
+        network = replace(architecture, tokens=GaussianTokens())  # whose draws are vectors x_m
+    return transformer.evaluate(network, places, tokens, weight)
 
 
 def block(
@@ -129,16 +145,32 @@ def block(
     Where a statistic is not finite its place is taken by the error that says in which draw.
     """
     with one_thread():
-        places = tuple(dict.fromkeys(question.place for question in questions))
-        values = sample(group, places, index, conditions)
+        values = _values(group, questions, index, conditions)
         found: list[Moments | FloatingPointError] = []
         for question in questions:
             components = STATISTICS[question.observable].components
-            draws = components(values[question.place], question).cpu().double().numpy()
+            looks = dict.fromkeys((None, question.kind.transform))
+            arrays = [values[look][question.place] for look in looks]
+            draws = components(*arrays, question).cpu().double().numpy()
             found.append(
                 _not_finite(draws, question, index * group.block_size) or Moments.of(draws)
             )
     return found
+
+
+def _values(
+    group: Group, questions: Sequence[Question], index: int, conditions: Conditions
+) -> dict[Transform | None, dict[str, Tensor]]:
+    """The asked places with the inputs as drawn (None), and under each transformation asked for.
+
+    Its streams give a tensor again, so each look draws its own and none is kept for the next.
+    """
+    looks = dict.fromkeys((None, *(question.kind.transform for question in questions)))
+    asked = {
+        look: tuple(dict.fromkeys(q.place for q in questions if look in (None, q.kind.transform)))
+        for look in looks
+    }
+    return {look: sample(group, asked[look], index, conditions, look) for look in looks}
 
 
 def _not_finite(draws: np.ndarray, question: Question, first: int) -> FloatingPointError | None:

@@ -17,7 +17,7 @@ from nope import init
 from nope.architecture import Architecture, decoder, prefix_means
 from nope.layers import MLP, Attention, CausalMean, Norm, Residual, Sequence
 from nope.questions import OBSERVABLES, Question, Weights
-from nope.tokens import GaussianTokens
+from nope.tokens import EmbeddingTokens, GaussianTokens, TextTokens, WithBos
 
 __all__ = [
     "MLP",
@@ -25,12 +25,15 @@ __all__ = [
     "Architecture",
     "Attention",
     "CausalMean",
+    "EmbeddingTokens",
     "GaussianTokens",
     "Norm",
     "Question",
     "Residual",
     "Sequence",
+    "TextTokens",
     "Weights",
+    "WithBos",
     "decoder",
     "init",
     "prefix_means",

@@ -60,6 +60,9 @@ class Architecture:
     def __post_init__(self) -> None:
         expect_count("d_model", self.d_model)
         expect_count("n_ctx", self.n_ctx)
+        longest = self.tokens.longest
+        remedy = "lower n_ctx or give a longer text"
+        expect(self.n_ctx <= longest, f"n_ctx of at most {longest} tokens", self.n_ctx, remedy)
         names = [operation.place for operation in self.operations]
         twice = sorted({name for name in names if names.count(name) > 1})
         expect(not twice, "every place to have its own name", twice, "name the layers apart")
@@ -67,7 +70,7 @@ class Architecture:
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
         """Every primitive step in order of computation."""
-        embed = Embed("embed", (), self.tokens)
+        embed = Embed("embed", (), self.tokens, self.d_model)
         return (embed, *self.body.operations(Scope(self.d_model), embed.place))
 
     def places(self) -> Mapping[str, Operation]:

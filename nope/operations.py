@@ -8,9 +8,10 @@ of `nope.transformer` and the kernel rules of `theory.rules`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from nope.tokens import Tokens
+if TYPE_CHECKING:
+    from nope.tokens import Tokens
 
 NormKind = Literal["layernorm", "rmsnorm"]
 ActivationName = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "erf", "identity"]
@@ -22,8 +23,9 @@ class Weight:
     """One weight array of an architecture: `fan_in` by `fan_out`, or a bias of `fan_out`.
 
     `role` is what an initialisation scheme decides by: query, key, value, output, mlp_in,
-    mlp_out or bias.  `path` is its name in TransformerLens's style, and with the seed and
-    the block index the key of its random stream.
+    mlp_out or bias; an embedding has the law of the tokens it belongs to.  `path` is its name
+    in TransformerLens's style, and with the seed and the block index the key of its random
+    stream.
     """
 
     path: str
@@ -55,9 +57,14 @@ class Operation:
 
 @dataclass(frozen=True)
 class Embed(Operation):
-    """The input tokens x_m."""
+    """The input tokens x_m, with the embedding table or BOS row that all inputs share."""
 
     tokens: Tokens
+    d_model: int
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return self.tokens.weights(self.d_model)
 
 
 @dataclass(frozen=True)

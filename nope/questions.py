@@ -20,11 +20,17 @@ import numpy as np
 
 from nope.architecture import Architecture
 from nope.checks import expect, expect_count
-from nope.init import Scheme
+from nope.init import Scheme, law_of
 from nope.operations import Operation
+from nope.sources import NumpySource
 
-Shape = Literal["positions", "adjacent", "pairs", "distinct_pairs", "steps", "whole", "coordinates"]
+Shape = Literal[
+    "positions", "adjacent", "pairs", "distinct_pairs", "steps", "whole", "coordinates", "points"
+]
 Scale = Literal["relative", "kernel", "absolute"]
+Transform = Literal["past_reversed", "reversed", "first_repeated"]
+"""What is done to the inputs of a draw, its weights kept: positions 1..L-1 in reverse order, all
+of them in reverse order, or the first token at every position."""
 
 GRID_SIZE = 64
 """Matrix observables are judged on at most this many positions, log-spaced."""
@@ -39,7 +45,8 @@ class Observable:
 
     `shape` is the form of its array; `scale` is what a tolerance multiplies: the prediction
     (`relative`), sqrt(K_mm K_nn) (`kernel`) or 1 (`absolute`); `least` is the number of
-    positions below which there is nothing to judge.
+    positions below which there is nothing to judge; `transform` says what is done to the inputs
+    for a second look at the same draw.
     """
 
     name: str
@@ -48,6 +55,7 @@ class Observable:
     shape: Shape
     scale: Scale
     least: int = 1
+    transform: Transform | None = None
 
 
 OBSERVABLES = {
@@ -141,6 +149,41 @@ OBSERVABLES = {
             "absolute",
             least=2,
         ),
+        Observable(
+            "cdf",
+            "share of coordinates (of scores of the last query, over heads and keys) at the last "
+            "position at or below each point",
+            ("vector", "pair"),
+            "points",
+            "absolute",
+        ),
+        Observable(
+            "past_permutation",
+            "share of draws whose x_L moves, beyond rounding, as the tokens before it are reversed",
+            ("vector",),
+            "whole",
+            "absolute",
+            least=3,
+            transform="past_reversed",
+        ),
+        Observable(
+            "permutation",
+            "share of draws whose x_m, as all tokens are reversed, are not reversed to rounding",
+            ("vector",),
+            "whole",
+            "absolute",
+            least=2,
+            transform="reversed",
+        ),
+        Observable(
+            "equal_tokens",
+            "share of draws whose x_m differ, beyond rounding, though all tokens are equal",
+            ("vector",),
+            "whole",
+            "absolute",
+            least=2,
+            transform="first_repeated",
+        ),
     )
 }
 
@@ -159,8 +202,10 @@ class Weights:
 class Question:
     """An architecture, an initialisation, a place in the network, an observable.
 
-    `given=Weights(seed)` fixes the weights.  Raises `ValueError` for an unknown observable;
-    whether the place exists and has anything to judge is `reason_not_applicable`.
+    `given=Weights(seed)` fixes the weights; `points` are where `cdf` asks for the distribution
+    function, in increasing order.  Raises `ValueError` for an unknown observable and for points
+    that are missing, superfluous or no such list; whether the place exists and has anything to
+    judge is `reason_not_applicable`.
     """
 
     architecture: Architecture
@@ -168,6 +213,7 @@ class Question:
     place: str
     observable: str
     given: Weights | None = None
+    points: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         expect(
@@ -175,6 +221,20 @@ class Question:
             f"an observable of {', '.join(OBSERVABLES)}",
             self.observable,
             "see nope.questions.OBSERVABLES",
+        )
+        wanted = self.kind.shape == "points"
+        expect(
+            bool(self.points) == wanted,
+            f"{'points' if wanted else 'no points'} for {self.observable}",
+            self.points,
+            "give points=(x_1, x_2, ...)" if wanted else "ask for cdf, or drop points",
+        )
+        expect(
+            isinstance(self.points, tuple)
+            and bool(np.isfinite(self.points).all() and (np.diff(self.points) > 0).all()),
+            "points to be a tuple of finite numbers in increasing order",
+            self.points,
+            "sort them and drop what is twice",
         )
 
     @property
@@ -231,6 +291,7 @@ class Question:
             "steps": (size, size - 1),
             "whole": (1,),
             "coordinates": (min(n_ctx, COORDINATE_GRID[0]), len(coordinates)),
+            "points": (len(self.points),),
         }[self.kind.shape]
 
     @cached_property
@@ -252,13 +313,15 @@ class Question:
 
     @cached_property
     def positions(self) -> list[Any]:
-        """A label per judged entry: m, (m, n), (m, coordinate), or `all`."""
+        """A label per judged entry: m, (m, n), (m, coordinate), `all`, or a point."""
         grid, (rows, *columns) = self.grid, np.nonzero(self.judged)
         match self.kind.shape:
             case "positions" | "adjacent":
                 return [int(row) + 1 for row in rows]
             case "whole":
                 return ["all"]
+            case "points":
+                return list(self.points)
             case "coordinates":
                 return [
                     [int(r) + 1, int(self._coordinates[c]) + 1]
@@ -287,19 +350,6 @@ def stream_key(seed: int, *labels: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=32).digest(), "little")
 
 
-@dataclass(frozen=True)
-class NumpySource:
-    """Random numbers in float64 NumPy arrays, for the weights that a question fixes."""
-
-    generator: np.random.Generator
-
-    def normal(self, shape: tuple[int, ...], std: float) -> np.ndarray:
-        return std * self.generator.standard_normal(shape)
-
-    def zeros(self, shape: tuple[int, ...]) -> np.ndarray:
-        return np.zeros(shape)
-
-
 @lru_cache(maxsize=16)
 def given_weights(question: Question) -> Mapping[str, np.ndarray]:
     """The weights that `question.given` fixes, by path; read-only, drawn once.
@@ -314,6 +364,7 @@ def given_weights(question: Question) -> Mapping[str, np.ndarray]:
         for weight in operation.weights:
             key = stream_key(question.given.seed, "given", weight.path)
             source = NumpySource(np.random.Generator(np.random.Philox(np.random.SeedSequence(key))))
-            arrays[weight.path] = question.init.law(weight, architecture).draw(source, weight.shape)
+            law = law_of(question.init, weight, architecture)
+            arrays[weight.path] = law.draw(source, weight.shape)
             arrays[weight.path].flags.writeable = False
     return arrays

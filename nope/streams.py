@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nope.sources import cumulative, haar, truncate
+
 # torch's CPU generator state: seed (8 bytes), left (4), seeded (4), next (8), 624 words (8 each).
 _LEFT, _WORDS = slice(8, 12), slice(24, 24 + 624 * 8)
 
@@ -35,15 +37,53 @@ def generator(key: int, device: torch.device) -> torch.Generator:
 
 @dataclass(frozen=True)
 class TorchSource:
-    """Random numbers in torch tensors: the `nope.init.Source` of the real layers."""
+    """Random numbers in torch tensors: the `nope.sources.Source` of the real layers.
+
+    What needs float64 or a QR is done on the CPU for MPS, which has neither; the numbers come
+    from the device's own stream all the same.
+    """
 
     generator: torch.Generator
     device: torch.device
     dtype: torch.dtype
 
     def normal(self, shape: tuple[int, ...], std: float) -> Tensor:
-        empty = torch.empty(shape, device=self.device, dtype=self.dtype)
-        return empty.normal_(0.0, std, generator=self.generator)
+        return self._empty(shape).normal_(0.0, std, generator=self.generator)
 
     def zeros(self, shape: tuple[int, ...]) -> Tensor:
         return torch.zeros(shape, device=self.device, dtype=self.dtype)
+
+    def uniform(self, shape: tuple[int, ...], bound: float) -> Tensor:
+        return self._empty(shape).uniform_(-bound, bound, generator=self.generator)
+
+    def truncated_normal(self, shape: tuple[int, ...], std: float, cut: float) -> Tensor:
+        drawn: Tensor = truncate(self._unit(shape), std, cut, torch.erfinv)
+        return drawn.to(self.device, self.dtype)
+
+    def orthogonal(self, shape: tuple[int, ...]) -> Tensor:
+        drawn: Tensor = haar(self._capable(self.normal(shape, 1.0)), torch.linalg.qr)
+        return drawn.to(self.device)
+
+    def categorical(self, probabilities: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+        unit = self._unit(shape)
+        sums = torch.from_numpy(cumulative(probabilities)).to(unit.device)
+        return torch.searchsorted(sums, unit, right=True).to(self.device)
+
+    def integers(self, shape: tuple[int, ...], high: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator, device=self.device)
+
+    def windows(self, values: np.ndarray, shape: tuple[int, int]) -> Tensor:
+        every = torch.tensor(values, device=self.device).unfold(0, shape[1], 1)
+        return every[self.integers(shape[:1], len(every))]
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
+    def _unit(self, shape: tuple[int, ...]) -> Tensor:
+        """U(0, 1) in float64, 0 included and 1 not; of 24 bits on MPS, else of 53."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        drawn = torch.empty(shape, device=self.device, dtype=dtype)
+        return self._capable(drawn.uniform_(generator=self.generator)).double()
+
+    def _capable(self, x: Tensor) -> Tensor:
+        return x.cpu() if self.device.type == "mps" else x

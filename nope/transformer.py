@@ -13,7 +13,7 @@ from functools import partial, singledispatch
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from nope.architecture import Architecture
@@ -32,6 +32,7 @@ from nope.operations import (
     Uniform,
     Weight,
 )
+from nope.tokens import BOS, TABLE
 
 Weights = Mapping[str, Tensor]
 
@@ -49,13 +50,14 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 def evaluate(
     architecture: Architecture,
     places: Iterable[str],
-    tokens: Float[Tensor, "draws positions d_model"],
+    tokens: Float[Tensor, "draws positions d_model"] | Integer[Tensor, "draws positions"],
     weight: Callable[[Weight], Tensor],
 ) -> dict[str, Tensor]:
     """The values at `places`.
 
-    `tokens` are the inputs x_m.  `weight` gives the array of a weight, `draws fan_in fan_out`,
-    or with a leading 1 when all draws share it.  Raises `LookupError` for an unknown place.
+    `tokens` are what `Tokens.draw` gives: the inputs x_m, or the ids of their rows.  `weight`
+    gives the array of a weight, `draws fan_in fan_out`, or with a leading 1 when all draws
+    share it.  Raises `LookupError` for an unknown place.
     """
     wanted = tuple(places)
     needed = {o.place for place in wanted for o in architecture.upstream(place)}
@@ -63,11 +65,8 @@ def evaluate(
     last_use = {name: step for step, operation in enumerate(steps) for name in operation.inputs}
     values: dict[str, Tensor] = {}
     for step, operation in enumerate(steps):
-        if isinstance(operation, Embed):
-            values[operation.place] = tokens
-            continue
         arrays = {w.path: weight(w) for w in operation.weights}
-        inputs = [values[name] for name in operation.inputs]
+        inputs = [values[name] for name in operation.inputs] or [tokens]
         values[operation.place] = apply(operation, inputs, arrays)
         for name in set(operation.inputs).difference(wanted):
             if last_use[name] == step:
@@ -79,6 +78,24 @@ def evaluate(
 def apply(operation: Operation, inputs: list[Tensor], arrays: Weights) -> Tensor:
     """What `operation` does to its inputs."""
     raise NotImplementedError(f"no torch layer for {type(operation).__name__}; register one")
+
+
+@apply.register
+def _(operation: Embed, inputs: list[Tensor], arrays: Weights) -> Tensor:
+    x = inputs[0]
+    if TABLE in arrays:
+        x = _rows(arrays[TABLE], x)
+    if BOS in arrays:
+        x = torch.cat([arrays[BOS].expand(len(x), -1, -1), x], 1)
+    return x
+
+
+def _rows(
+    table: Float[Tensor, "tables vocabulary d_model"], ids: Integer[Tensor, "draws positions"]
+) -> Float[Tensor, "draws positions d_model"]:
+    """The rows that the ids name, each draw's in its own table or all in the one they share."""
+    tables = torch.arange(len(table), device=table.device).unsqueeze(1)
+    return table[tables, ids.long()]
 
 
 @apply.register

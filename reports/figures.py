@@ -45,6 +45,8 @@ def _draw(verdict: Verdict) -> Callable[[Figure, Verdict], None]:
         return _steps
     if len(verdict.positions) == 1:
         return _single
+    if verdict.question["observable"] == "cdf":
+        return _distribution
     return _matrix if isinstance(verdict.positions[0], list) else _curve
 
 
@@ -87,6 +89,24 @@ def _measured(axes: Axes, x: np.ndarray, found: dict[str, np.ndarray]) -> None:
 def _relative(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Everything over the prediction."""
     return {name: values / found["prediction"] for name, values in found.items()}
+
+
+def _less(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Everything less the prediction."""
+    return {name: values - found["prediction"] for name, values in found.items()}
+
+
+def _distribution(figure: Figure, verdict: Verdict) -> None:
+    """A distribution function at its points, and beside it everything less the prediction."""
+    points, found = np.array(verdict.positions, dtype=float), _arrays(verdict)
+    left, right = figure.subplots(1, 2)
+    for axes, columns in ((left, found), (right, _less(found))):
+        _theory(axes, points, columns)
+        _measured(axes, points, columns)
+        axes.set_xlabel("x")
+    left.set_ylabel("share at or below")
+    right.set_ylabel("less the prediction")
+    left.legend(frameon=False, fontsize=8)
 
 
 def _curve(figure: Figure, verdict: Verdict) -> None:

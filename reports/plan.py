@@ -34,7 +34,8 @@ def dry_run(
     A pilot of a few draws gives the variance and the time of a draw.  Where the truth lies is
     taken from the best theory (the claim's own prediction without one).  Deciding takes about
     (z sd/room)^2 draws, room being the distance to the band's edge: for CONFIRMED at the entry
-    with the least, for REFUTED at the one with the most.
+    with the least, for REFUTED at the one with the most.  Where all draws agree it is
+    log(1/level)/room, as the interval then shrinks like 1/n.
     """
     judged = [case for case in cases if case.region is not None]
     targets = targets_of(cases, error_rate)
@@ -68,5 +69,8 @@ def _needed(case: Case, target: Target, measured: Measurement) -> float:
     level = target.refute_error / target.entries if refuting else target.confirm_error
     z = confidence.boundary(confidence.TUNED_FOR, level)
     z += stats.norm.isf(1 / (2 * target.entries)) if target.entries > 1 else 1.0
-    ratio = np.divide(spread, np.abs(room), out=np.full(room.shape, np.inf), where=room != 0)
-    return float((z * (ratio[room < 0].min() if refuting else ratio.max())) ** 2)
+    constant = measured.half_width(level)[judged] * measured.draws
+    unit = np.where(spread > 0, z * spread, constant)
+    ratio = np.divide(unit, np.abs(room), out=np.full(room.shape, np.inf), where=room != 0)
+    draws = np.where(spread > 0, ratio**2, ratio)
+    return float(draws[room < 0].min() if refuting else draws.max())

@@ -176,6 +176,7 @@ def describe(question: Question) -> dict[str, Any]:
         "place": question.place,
         "observable": question.observable,
         "given": given,
+        "points": list(question.points),
         "init": repr(question.init),
         "architecture": repr(question.architecture),
         "d_model": int(question.architecture.d_model),
@@ -289,7 +290,8 @@ def _words(
     ends = (worst["low"], worst["high"])
     span = f"[{ends[0]:.4g}, {ends[1]:.4g}]" if np.isfinite(ends).all() else "(no interval yet)"
     found = f"{worst['estimate']:.4g} {span}"
-    draws, entries = f"{decision.measurement.draws} draws", decision.target.entries
+    aside, entries = decision.measurement.aside, decision.target.entries
+    draws = f"{decision.measurement.draws} draws{f', {aside}' if aside else ''}"
     if decision.verdict == "CONFIRMED":
         every = f"every one of {entries} entries is" if entries > 1 else "it is"
         return f"{claim.statement} CONFIRMED: {every} {rule} ({draws})."
@@ -308,6 +310,8 @@ def position_name(position: Any, observable: str) -> str:
     """A judged entry's label in words."""
     if observable.startswith("coordinate"):
         return "m = {}, j = {}".format(*position)
+    if observable == "cdf":
+        return f"x = {position:.4g}"
     if isinstance(position, list | tuple):
         return f"({', '.join(map(str, position))})"
     return "all positions" if position == "all" else f"m = {position}"
@@ -318,8 +322,10 @@ LEFT_SIDES = {"vector": r"K(m, n)", "pair": r"\mathbb{E}\,x_{mn}^2"}
 
 
 def derivation_of(question: Question) -> list[dict[str, str]]:
-    """The kernel's derivation at a question's place, in LaTeX."""
-    derivation = derive(question.architecture, question.place)
+    """The kernel's derivation at a question's place, in LaTeX; a symmetry rests on none."""
+    if question.kind.transform is not None:
+        return []
+    derivation = derive(question.architecture, question.init, question.place)
     operations = question.architecture.places()
     return [
         {

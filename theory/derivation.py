@@ -6,7 +6,8 @@ with `before`, then evaluates `before` and `after` at random points with exact i
 positions and 50 digits for the rest, sums written out term by term.
 
 >>> import nope
->>> steps = derive(nope.decoder(64, 4, n_ctx=8, d_ff=0), "blocks.0.attn_out").steps
+>>> layer = nope.decoder(64, 4, n_ctx=8, d_ff=0)
+>>> steps = derive(layer, None, "blocks.0.attn_out").steps
 >>> steps[-1].after
 d**2*sigma_o**2*sigma_v**2/Max(m, n)
 """
@@ -16,15 +17,17 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import sympy as sp
 
 from nope.architecture import Architecture
+from nope.init import Scheme
 from theory import symbols
-from theory.kernel import Rule, Traits
+from theory.bindings import local_bindings
+from theory.kernel import Fidelity, Rule, Traits
 from theory.rules import rule_for
 from theory.symbols import i, j, m, n
 
@@ -53,6 +56,8 @@ class Step:
         """Whether the rule drops nothing on the kernels it was used on."""
         if self.rule.remainder == 0:
             return True
+        if self.rule.algorithm is not None:
+            return False
         dropped = self.rule.dropped(list(self.used))
         return all(_number(dropped, point) == 0 for point in _points(self.place, dropped))
 
@@ -62,6 +67,8 @@ class Step:
         found = []
         if self.rule.apply(list(self.used)) != self.before:
             found.append(f"{self.place}: the step does not start from its rule")
+        if self.before == self.after:
+            return found
         for point in _points(self.place, self.before, self.after):
             left, right = (_number(expr, point) for expr in (self.before, self.after))
             if abs(left - right) > sp.Float(10) ** (-CHECK_DIGITS // 2) * (1 + abs(left)):
@@ -97,6 +104,20 @@ class Derivation:
             if not kernel.has(sp.Sum) and not kernel.atoms(sp.core.function.AppliedUndef)
         }
 
+    @property
+    def stopped(self) -> tuple[str, ...]:
+        """Where the derivation ceased to be one expression, and why; empty when it did not."""
+        named = tuple(
+            f"{place}: {sp.count_ops(self.kernels()[place])} operations, called {name} from here on"
+            for place, name in self.names.items()
+        )
+        computed = tuple(
+            f"{step.place}: sums over pairs of positions that an algorithm computes"
+            for step in self.steps
+            if step.rule.algorithm is not None and step.rule.expression.has(sp.Sum)
+        )
+        return named + computed
+
     def exact_places(self) -> frozenset[str]:
         """Places that no step up to them has dropped anything for."""
         found: set[str] = set()
@@ -121,28 +142,56 @@ class Derivation:
 
 
 @lru_cache(maxsize=256)
-def derive(architecture: Architecture, place: str) -> Derivation:
+def derive(
+    architecture: Architecture,
+    init: Scheme | None,
+    place: str,
+    fidelity: Fidelity = "uniform",
+) -> Derivation:
     """The kernel at `place`, from the tokens on, symbolic as long as it stays readable.
 
-    Kernels of more than `READABLE` operations get a name K_1, K_2, ... before they are used
-    further.  Raises `LookupError` for an unknown place and `NotImplementedError` with the
-    reason where an operation has no rule.
+    `init` says which weights have one standard deviation, then called sigma, and which biases
+    are 0; None keeps them apart.  Kernels of more than `READABLE` operations get a name K_1,
+    K_2, ... before they are used further, and a rule that only an algorithm computes is left
+    as it stands; `Derivation.stopped` says where and why.  Raises `LookupError` for an unknown
+    place and `NotImplementedError` with the reason where an operation has no rule.
     """
+    known = {} if init is None else _simplifications(architecture, init)
     traits: dict[str, Traits] = {}
     kernels: dict[str, sp.Expr] = {}
     names: dict[str, sp.Expr] = {}
     steps: list[Step] = []
     for operation in architecture.upstream(place):
-        rule = rule_for(operation, traits)
+        rule = _with(rule_for(operation, traits, fidelity), known)
         traits[operation.place] = rule.traits
         used = tuple(names.get(source, kernels[source]) for source in rule.sources)
         before = rule.apply(list(used))
-        after = simplify_kernel(before)
+        after = before if rule.algorithm is not None else simplify_kernel(before)
         kernels[operation.place] = after
         if sp.count_ops(after) > READABLE:
             names[operation.place] = sp.Function(f"K_{len(names) + 1}")(m, n)
         steps.append(Step(operation.place, rule, used, before, after))
     return Derivation(place, tuple(steps), names)
+
+
+def _simplifications(architecture: Architecture, init: Scheme) -> dict[sp.Symbol, sp.Expr]:
+    """Symbols that an initialisation makes 0 or equal."""
+    stds: dict[sp.Symbol, set[float]] = {}
+    for numbers in local_bindings(architecture, init).values():
+        for symbol in (*symbols.WEIGHT_STD.values(), symbols.sigma_b):
+            if symbol.name in numbers:
+                stds.setdefault(symbol, set()).add(numbers[symbol.name])
+    biases = stds.pop(symbols.sigma_b, {0.0})
+    known = {symbols.sigma_b: sp.Integer(0)} if biases == {0.0} else {}
+    if len(set().union(*stds.values())) == 1:
+        known |= dict.fromkeys(stds, symbols.sigma)
+    return known
+
+
+def _with(rule: Rule, known: Mapping[sp.Symbol, sp.Expr]) -> Rule:
+    if not known:
+        return rule
+    return replace(rule, expression=rule.expression.subs(known))
 
 
 @lru_cache(maxsize=1024)

@@ -14,20 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import numpy as np
 import sympy as sp
 
-from nope.operations import Linear, Normalise, Uniform
+from nope.architecture import Architecture
+from nope.init import law_of
+from nope.operations import Softmax, Uniform
 from nope.questions import Question
+from theory.bindings import bindings, local_bindings
 from theory.derivation import Derivation, Step, derive
 from theory.formula import Formula, Status, compile_number_form
-from theory.formulas.cosine import adjacency_score, cosine_remainder
-from theory.kernel import KernelValues, Traits
-from theory.symbols import WEIGHT_STD, m, n
+from theory.formulas.cosine import adjacency_score, expansion_bound, leading_bias
+from theory.kernel import Fidelity, Rule, Traits
+from theory.propagation import KernelValues, all_pairs, at_pairs
+from theory.rules import rule_for
+from theory.symbols import m, n
 
-Fidelity = Literal["uniform", "best"]
+Asked = Literal["uniform", "first_order", "any_temperature", "best"]
 
 NEGLIGIBLE = 1e-12
 """Remainders below this are rounding, not something dropped."""
@@ -38,54 +44,47 @@ class Prediction:
     """What the theory says of a question.
 
     `values` has the shape of the question; `remainder`, of the same shape and unit, estimates
-    what was dropped.  `formula` is the symbolic kernel behind the values, `derivation` its
-    steps; `treatment` says per place what was assumed beyond exact algebra.
+    what was dropped.  `stated` is the formula they were computed from, if it was one;
+    `fidelity` is how attention was treated.  `formula`, `derivation` and `treatment` are derived
+    when asked for.
     """
 
     values: np.ndarray
     remainder: np.ndarray
     status: Status
-    formula: Formula | None = None
-    derivation: Derivation | None = None
-    treatment: tuple[str, ...] = ()
+    stated: Formula | None = None
+    fidelity: Fidelity | None = None
+    question: Question | None = None
 
+    @cached_property
+    def derivation(self) -> Derivation | None:
+        """The steps to the kernel behind the values."""
+        if self.question is None or self.fidelity is None:
+            return None
+        asked = self.question
+        return derive(asked.architecture, asked.init, asked.place, self.fidelity)
 
-def bindings(question: Question) -> dict[str, float]:
-    """The value of every symbol that the question fixes, positions aside.
+    @property
+    def formula(self) -> Formula | None:
+        """The formula behind the values: the stated one, or the derived kernel."""
+        if self.stated is not None or self.derivation is None:
+            return self.stated
+        step: Step = self.derivation.steps[-1]
+        return Formula(
+            name=f"kernel({step.place})",
+            expr=step.after,
+            statement=step.rule.statement,
+            status=self.status,
+            source=step.rule.source,
+            left="K(m, n)",
+            derivation=self.derivation,
+        )
 
-    Raises `NotImplementedError` when weights of one role have different variances, since one
-    symbol stands for them all.
-    """
-    architecture = question.architecture
-    values: dict[str, float] = {
-        "d": architecture.d_model,
-        "H": architecture.n_heads,
-        "L": architecture.n_ctx,
-        "d_h": architecture.d_model // architecture.n_heads,
-        "sigma_x": architecture.tokens.std,
-    }
-
-    def bind(name: str, value: float) -> None:
-        if values.setdefault(name, value) != value:
-            raise NotImplementedError(
-                f"expected one value of {name} in an architecture, got {values[name]} and {value}; "
-                "ask layer by layer"
-            )
-
-    for operation in architecture.operations:
-        for weight in operation.weights:
-            std = question.init.law(weight, architecture).variance ** 0.5
-            bind(WEIGHT_STD[weight.role].name if weight.role in WEIGHT_STD else "sigma_b", std)
-        if isinstance(operation, Linear) and operation.weight.role == "mlp_out":
-            bind("d_ff", operation.weight.fan_in)
-        if isinstance(operation, Normalise) and operation.eps:
-            bind("epsilon", operation.eps)
-    stds = [values[s.name] for s in WEIGHT_STD.values() if s.name in values]
-    if stds and len(set(stds)) == 1:
-        values["sigma"] = stds[0]
-    if "sigma_q" in values:
-        values["s"] = architecture.d_model * values["sigma_q"] * values["sigma_k"]
-    return values
+    @property
+    def treatment(self) -> tuple[str, ...]:
+        """What was assumed beyond exact algebra, per place."""
+        steps = self.derivation.steps if self.derivation else ()
+        return tuple(_treatment(step) for step in steps if not step.exact)
 
 
 def position_arrays(question: Question) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +114,11 @@ def at(formula: Formula, question: Question) -> np.ndarray:
 def arguments(formula: Formula, question: Question) -> dict[str, Any]:
     """What to call a formula with to answer a question."""
     left, right = position_arrays(question)
-    known = {**bindings(question), "m": left, "n": right}
+    known = {
+        **bindings(question.architecture, question.init),
+        "m": left,
+        "n": right,
+    }
     unknown = [name for name in formula.symbols if name not in known]
     if unknown:
         raise ValueError(
@@ -125,16 +128,16 @@ def arguments(formula: Formula, question: Question) -> dict[str, Any]:
     return {name: known[name] for name in formula.symbols}
 
 
-def predict(question: Question, fidelity: Fidelity = "best") -> Prediction:
+def predict(question: Question, fidelity: Asked = "best") -> Prediction:
     """The answer to `question`.
 
-    `fidelity` is how attention is treated: `uniform`, a_mn = 1/m; `best` takes the smallest
-    stated remainder among what there is (today `uniform`).  Raises `LookupError` where there
-    is nothing to answer, `ValueError` for an unknown fidelity and `NotImplementedError` with
-    the reason where no formula is known.
+    `fidelity` is how a softmax is treated: `uniform`, a_mn = 1/m; `first_order` in the logits'
+    variance s^2; `any_temperature`; `best` is the one of the smallest stated remainder.  Raises
+    `LookupError` where there is nothing to answer, `ValueError` for an unknown fidelity and
+    `NotImplementedError` with the reason where no formula is known.
     """
-    if fidelity not in get_args(Fidelity):
-        known = ", ".join(get_args(Fidelity))
+    if fidelity not in get_args(Asked):
+        known = ", ".join(get_args(Asked))
         raise ValueError(f"expected fidelity of {known}, got {fidelity!r}; change fidelity")
     question.require_applicable()
     if question.given is not None:
@@ -142,27 +145,46 @@ def predict(question: Question, fidelity: Fidelity = "best") -> Prediction:
             "expected a question over random weights: the kernel calculus averages over them; "
             "for given weights see theory.formulas.stream.coordinate_variance"
         )
-    return _Predictor(question).answer()
+    if fidelity != "best":
+        return _Predictor(question, fidelity).answer()
+    return _best(question)
+
+
+def _best(question: Question) -> Prediction:
+    """The prediction of the smallest largest remainder, among the fidelities that have one."""
+    softmax = any(
+        isinstance(operation, Softmax)
+        for operation in question.architecture.upstream(question.place)
+    )
+    tried: tuple[Fidelity, ...] = get_args(Fidelity) if softmax else ("uniform",)
+    found, refused = [], []
+    for fidelity in tried:
+        try:
+            found.append(_Predictor(question, fidelity).answer())
+        except NotImplementedError as reason:
+            refused.append(reason)
+    if not found:
+        raise refused[0]
+    return min(found, key=lambda prediction: _largest(prediction, question))
+
+
+def _largest(prediction: Prediction, question: Question) -> float:
+    """The largest remainder that counts."""
+    return float(prediction.remainder[question.judged].max(initial=0.0))
 
 
 class _Predictor:
-    """The kernel of the question's place and what its observable makes of it."""
+    """The kernel of the question's place at one fidelity, and what its observable makes of it."""
 
-    def __init__(self, question: Question) -> None:
-        self.question = question
-        self.derivation = derive(question.architecture, question.place)
-        self.traits: Traits = self.derivation.steps[-1].rule.traits
-        self.bindings = bindings(question)
+    def __init__(self, question: Question, fidelity: Fidelity) -> None:
+        self.question, self.fidelity = question, fidelity
+        self.rules = rules_to(question.architecture, question.place, fidelity)
+        self.traits: Traits = self.rules[question.place].traits
+        self.symbols = local_bindings(question.architecture, question.init)[question.place]
 
-    def values(self) -> KernelValues:
-        return KernelValues(
-            self.derivation.rules(),
-            self.derivation.closed(),
-            self.bindings,
-            self.question.architecture.n_ctx,
-            position_arrays(self.question),
-            self.derivation.exact_places(),
-        )
+    @cached_property
+    def values(self) -> _Values:
+        return _Values(self.question, self.rules, self.fidelity)
 
     def answer(self) -> Prediction:
         name = self.question.observable
@@ -172,7 +194,7 @@ class _Predictor:
             "participation": self._participation,
             "kurtosis": self._kurtosis,
             "kernel": self._kernel,
-            "kernel_cosine": lambda: self._cosine(finite_width=False),
+            "kernel_cosine": self._kernel_cosine,
             "cosine": self._cosine,
             "adjacent_cosine": self._cosine,
             "cosine_steps": self._cosine_steps,
@@ -186,32 +208,17 @@ class _Predictor:
             )
         values, remainder = (np.broadcast_to(x, self.question.shape) for x in answers[name]())
         dropped = float(np.abs(remainder).max(initial=0.0)) > NEGLIGIBLE
-        status = Status.LEADING_ORDER if dropped else Status.EXACT
         return Prediction(
             values,
             np.abs(remainder) if dropped else np.zeros(self.question.shape),
-            status,
-            self._formula(status),
-            self.derivation,
-            tuple(_treatment(step) for step in self.derivation.steps if not step.exact),
-        )
-
-    def _formula(self, status: Status) -> Formula:
-        step: Step = self.derivation.steps[-1]
-        return Formula(
-            name=f"kernel({self.question.place})",
-            expr=step.after,
-            statement=step.rule.statement,
-            status=status,
-            source=step.rule.source,
-            left="K(m, n)",
-            derivation=self.derivation,
+            Status.LEADING_ORDER if dropped else Status.EXACT,
+            fidelity=self.fidelity,
+            question=self.question,
         )
 
     def _second_moment(self) -> tuple[Any, Any]:
-        values = self.values()
-        moments = values.kernel(self.question.place)
-        return moments, moments * values.remainder(self.question.place)
+        moments = self.values.kernel
+        return moments, moments * self.values.remainder
 
     def _mean_second_moment(self) -> tuple[Any, Any]:
         moments, remainder = self._second_moment()
@@ -238,32 +245,40 @@ class _Predictor:
         self._require_gaussian_weights()
         free = tuple(sorted(self.traits.kurtosis.free_symbols, key=str))
         form = compile_number_form(self.traits.kurtosis, free)
-        return form(*(self.bindings[symbol.name] for symbol in free)), 0.0
+        return form(*(self.symbols[symbol.name] for symbol in free)), 0.0
 
     def _require_gaussian_weights(self) -> None:
         architecture = self.question.architecture
         for operation in architecture.upstream(self.question.place):
             for weight in operation.weights:
-                law = self.question.init.law(weight, architecture)
-                if law.variance and law.kurtosis != 3:
+                law = law_of(self.question.init, weight, architecture)
+                if law.variance and not law.gaussian:
                     raise NotImplementedError(
                         f"expected Gaussian weights for a kurtosis, got {law} at {weight.path}; "
                         "measure it with montecarlo.measure"
                     )
 
     def _kernel(self) -> tuple[Any, Any]:
-        values, place = self.values(), self.question.place
-        size = np.sqrt(values.kernel(place, "mm") * values.kernel(place, "nn"))
-        return values.kernel(place), size * values.remainder(place)
+        return self.values.kernel, self.values.size * self.values.remainder
 
-    def _cosine(self, finite_width: bool = True) -> tuple[Any, Any]:
-        values, place = self.values(), self.question.place
-        size = np.sqrt(values.kernel(place, "mm") * values.kernel(place, "nn"))
-        rho = values.kernel(place) / size
-        bias = cosine_remainder(rho, self.bindings["d"] / max(self.traits.maps, 1))
+    def _kernel_cosine(self) -> tuple[Any, Any]:
         same = np.equal(*position_arrays(self.question))
-        own = np.where(same, 0.0, values.remainder(place))
-        return rho, own + (bias if finite_width else 0.0)
+        rho = self.values.kernel / self.values.size
+        return rho, np.where(same, 0.0, self.values.remainder)
+
+    def _cosine(self) -> tuple[Any, Any]:
+        """E cos: the kernel's, its excess, and rho (1 - rho^2)/(2d) less per random map.
+
+        The remainder adds the excess's next order, 4/3 of its square, and half a map: how much
+        of one a map over normed tokens is depends on the position.
+        """
+        rho, own = self._kernel_cosine()
+        maps = max(self.traits.maps, 1)
+        width, excess = self.symbols["d"] / maps, self.values.excess
+        bias = leading_bias(rho, width)
+        beyond = np.abs(bias) / (2 * maps) + expansion_bound(rho, width)
+        beyond = beyond + np.abs(rho) * 4 / 3 * excess**2
+        return np.clip(rho * (1 + excess) - bias, -1.0, 1.0), own + beyond
 
     def _cosine_steps(self) -> tuple[Any, Any]:
         rho, remainder = self._cosine()
@@ -271,21 +286,109 @@ class _Predictor:
 
     def _adjacency_score(self, variant: str) -> tuple[Any, Any]:
         """The law of a triple where the cosine is sqrt(n/m), averaged over the triples."""
-        prefix_mean = sp.simplify(self.derivation.result * sp.Max(m, n))
+        asked = self.question
+        kernel = derive(asked.architecture, asked.init, asked.place, self.fidelity).result
+        prefix_mean = sp.simplify(kernel * sp.Max(m, n))
         if prefix_mean.has(m, n):
             raise NotImplementedError(
                 "expected a place whose kernel is c/Max(m, n) (attn.z or attn_out of the first "
-                f"layer), got {self.question.place}; measure it with montecarlo.measure"
+                f"layer), got {asked.place}; measure it with montecarlo.measure"
             )
-        if self.bindings["d"] < 3:
+        if self.symbols["d"] < 3:
             raise NotImplementedError(
                 "expected d_model of at least 3 (in two dimensions a LayerNorm leaves a line, and "
-                f"its cosines tie), got {self.bindings['d']}; measure it with montecarlo.measure"
+                f"its cosines tie), got {self.symbols['d']}; measure it with montecarlo.measure"
             )
-        width = self.bindings["d"] / self.traits.maps
-        value, remainder = adjacency_score(self.question.architecture.n_ctx, width, variant)
-        values = self.values()
-        return value, remainder + float(values.remainder(self.question.place).max())
+        width = self.symbols["d"] / self.traits.maps
+        value, remainder = adjacency_score(asked.architecture.n_ctx, width, variant)
+        return value, remainder + float(self.values.remainder.max())
+
+
+class _Values:
+    """Kernel, remainder, size and excess at the question's positions.
+
+    Pointwise where every kernel on the way is; otherwise all pairs are carried forward.
+    """
+
+    def __init__(self, question: Question, rules: Mapping[str, Rule], fidelity: Fidelity) -> None:
+        self._question, self._rules = question, rules
+        self._positions = position_arrays(question)
+        self._closed, self._exact = _closed(question, rules, fidelity)
+        self._pointwise = all(
+            place in self._closed
+            for place, rule in rules.items()
+            if rule.algorithm is not None or rule.expression.has(sp.Sum)
+        )
+
+    @cached_property
+    def _values(self) -> KernelValues:
+        architecture, place = self._question.architecture, self._question.place
+        n_ctx = architecture.n_ctx
+        positions = self._positions if self._pointwise else all_pairs(n_ctx)
+        symbols = local_bindings(architecture, self._question.init)
+        for closed in self._closed:
+            before = (operation.place for operation in architecture.upstream(closed))
+            symbols[closed] = bindings(architecture, self._question.init, before)
+        found = KernelValues(
+            self._rules, symbols, n_ctx, positions, self._closed, self._exact
+        )
+        if not self._pointwise:
+            found.advance(place)
+        return found
+
+    def _at(self, what: str, view: str = "mn") -> np.ndarray:
+        values = getattr(self._values, what)(self._question.place, view)
+        if self._pointwise:
+            return np.asarray(values)
+        left, right = self._positions
+        shown = {"mn": (left, right), "mm": (left, left), "nn": (right, right)}[view]
+        n_ctx = self._question.architecture.n_ctx
+        return at_pairs(np.broadcast_to(values, (n_ctx, n_ctx)), shown)
+
+    @cached_property
+    def kernel(self) -> np.ndarray:
+        return self._at("kernel")
+
+    @cached_property
+    def remainder(self) -> np.ndarray:
+        return self._at("remainder")
+
+    @cached_property
+    def excess(self) -> np.ndarray:
+        return self._at("excess")
+
+    @cached_property
+    def size(self) -> np.ndarray:
+        return np.asarray(np.sqrt(self._at("kernel", "mm") * self._at("kernel", "nn")))
+
+
+def rules_to(architecture: Architecture, place: str, fidelity: Fidelity) -> dict[str, Rule]:
+    """The rules that the kernel at `place` needs, in order of computation."""
+    traits: dict[str, Traits] = {}
+    rules: dict[str, Rule] = {}
+    for operation in architecture.upstream(place):
+        rules[operation.place] = rule_for(operation, traits, fidelity)
+        traits[operation.place] = rules[operation.place].traits
+    read = {place}
+    for name in reversed(rules):
+        if name in read:
+            read.update(rules[name].sources)
+    return {name: rule for name, rule in rules.items() if name in read}
+
+
+def _closed(
+    question: Question, rules: Mapping[str, Rule], fidelity: Fidelity
+) -> tuple[Mapping[str, sp.Expr], frozenset[str]]:
+    """Kernels without sums up to the first prefix mean, and the places exact until there.
+
+    A mean of means has no closed form here, so nothing is derived beyond.
+    """
+    first = next((place for place, rule in rules.items() if rule.expression.has(sp.Sum)), None)
+    if first is None or rules[first].algorithm is not None:
+        return {}, frozenset()
+    derivation = derive(question.architecture, None, first, fidelity)
+    closed = derivation.closed()
+    return ({first: closed[first]} if first in closed else {}), derivation.exact_places()
 
 
 def _treatment(step: Step) -> str:

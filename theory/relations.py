@@ -35,7 +35,7 @@ class Region:
 class Relation(Protocol):
     """What it means for a claim to hold: its statistic, its region, its words.
 
-    `Equals` and `Ordered` are built; a rate, a law or an identity is another class of this form.
+    `Equals`, `Law`, `Identical` and `Ordered` are built; a rate is another class of this form.
     """
 
     @property
@@ -89,6 +89,54 @@ class Equals:
         }
         extra = f", and a remainder of up to {remainder:.2g}" if remainder > 0 else ""
         return f"within {units[scale]}{extra}"
+
+
+@dataclass(frozen=True)
+class Law(Equals):
+    """A coordinate, or a logit, has the predicted distribution, at every point that is asked.
+
+    The tolerance is on probabilities; the points are the question's, `theory.laws.quantile_points`
+    puts them at quantiles of the law.
+    """
+
+    name: ClassVar[str] = "law"
+
+    def statistic(self, question: Question) -> Question:
+        if question.observable != "cdf":
+            raise ValueError(
+                f"expected a Law claim to ask for cdf, got {question.observable}; use Equals"
+            )
+        return question
+
+    def words(self, tolerance: float, scale: str, remainder: float) -> str:
+        extra = f", and a remainder of up to {remainder:.2g}" if remainder > 0 else ""
+        return f"within {tolerance:.3g} of the predicted share at or below the point{extra}"
+
+
+@dataclass(frozen=True)
+class Identical(Equals):
+    """A symmetry: transforming the inputs leaves a place as it was, up to rounding.
+
+    The theorem is about every input, and draws can bound the exceptions only: the statistic is
+    the share of draws in which the gap is more than rounding, and the tolerance is on it.  No
+    exception in n draws bounds the share by log(1/alpha)/n, so a tolerance of 2.5% takes some
+    400 draws.  Nothing is lost by that: a gap that is not 0 for all inputs is, being analytic,
+    not 0 for almost all, and the share is 0 or 1.  What counts as rounding is stated where the
+    gap is measured, in units of its dtype's last place.
+    """
+
+    name: ClassVar[str] = "identical"
+
+    def statistic(self, question: Question) -> Question:
+        if question.kind.transform is None:
+            raise ValueError(
+                "expected an Identical claim to ask for an observable that transforms the inputs, "
+                f"got {question.observable}; use Equals"
+            )
+        return question
+
+    def words(self, tolerance: float, scale: str, remainder: float) -> str:
+        return f"the same up to rounding in at least {1 - tolerance:.2%} of draws"
 
 
 @dataclass(frozen=True)

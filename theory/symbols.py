@@ -139,8 +139,11 @@ g = _register("g", "gain of the value path, d^2 sigma_v^2 sigma_o^2", NON_NEGATI
 kappa = _register("kappa", "gain over the variance of a token, g/sigma_x^2", NON_NEGATIVE)
 n_vocab = _register("V", "number of tokens in the vocabulary", COUNT, "tokens", ("n_vocab",))
 p_2 = _register("p_2", "probability that two positions hold the same token", PROBABILITY)
+p_3 = _register("p_3", "probability that three positions hold the same token", PROBABILITY)
+alpha = _register("alpha", "exponent of a Zipf law, p_v ~ v^-alpha", NON_NEGATIVE, latex=r"\alpha")
 x = _register("x", "value of a coordinate", REAL)
 v = _register("v", "variance of a coordinate", NON_NEGATIVE)
+nu = _register("nu", "degrees of freedom of a chi-square", POSITIVE, latex=r"\nu")
 M_jj = _register("M_jj", "diagonal entry (j, j) of M = W_O W_V", REAL)
 M_j2 = _register(
     "M_j2", "sum over i of M_ji^2, M = W_O W_V", NON_NEGATIVE, latex=r"\sum_i M_{ji}^{2}"

@@ -34,6 +34,9 @@ SHAPES = {  # observable: array shape and number of judged entries at n_ctx = 5,
     "adjacency_score": ((1,), 1),
     "adjacency_score.steps": ((1,), 1),
     "adjacency_score.norm": ((1,), 1),
+    "past_permutation": ((1,), 1),
+    "permutation": ((1,), 1),
+    "equal_tokens": ((1,), 1),
 }
 
 

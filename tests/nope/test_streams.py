@@ -1,4 +1,4 @@
-"""The CPU streams are NumPy's Mersenne Twister seeded by all 256 bits of the key."""
+"""The CPU streams are NumPy's Mersenne Twister; both sources draw the laws they name."""
 
 import math
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nope.questions import stream_key
+from nope.sources import NumpySource, Source, cumulative
 from nope.streams import TorchSource, generator
 
 CPU = torch.device("cpu")
@@ -95,3 +96,173 @@ def test_zeros_have_the_asked_type():
     assert zeros.dtype == torch.float64
     assert zeros.shape == (2, 3)
     assert not zeros.any()
+
+
+# ------------------------------------------------------------------- laws of both sources
+
+SIZE = 100_000
+ROW = np.array([0.5, 0.0, 0.3, 0.15, 0.05, 0.0])
+CALLS = {
+    "normal": lambda source: source.normal((3, 4), 2.0),
+    "uniform": lambda source: source.uniform((3, 4), 2.0),
+    "truncated_normal": lambda source: source.truncated_normal((3, 4), 2.0, 1.0),
+    "orthogonal": lambda source: source.orthogonal((3, 4)),
+    "categorical": lambda source: source.categorical(ROW, (3, 4)),
+    "integers": lambda source: source.integers((3, 4), 1000),
+}
+
+
+def torch_source(key=1, dtype=torch.float64):
+    return TorchSource(generator(stream_key(key), CPU), CPU, dtype)
+
+
+def numpy_source(key=1):
+    return NumpySource(np.random.Generator(np.random.Philox(key)))
+
+
+each_source = pytest.mark.parametrize("make", [torch_source, numpy_source])
+
+
+def assert_mean(draws, expected):
+    """The mean of independent draws, to 5 standard errors."""
+    draws = np.asarray(draws, dtype=float)
+    assert abs(draws.mean() - expected) <= Z * draws.std() / math.sqrt(len(draws)) + 1e-12
+
+
+def assert_distribution(draws, cdf):
+    """The share of draws below a few points, each to 5 binomial standard errors."""
+    for point in np.quantile(draws, [0.01, 0.2, 0.5, 0.9]):
+        assert_mean(np.asarray(draws) <= point, cdf(point))
+
+
+@each_source
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_source_depends_on_its_stream_alone(make, call):
+    """Equal streams, equal bits; another stream or a later call, other numbers."""
+    one, two = make(), make()
+    first = np.asarray(call(one))
+    assert first.shape == (3, 4)
+    assert np.array_equal(first, np.asarray(call(two)))
+    assert not np.array_equal(first, np.asarray(call(one)))
+    assert not np.array_equal(first, np.asarray(call(make(2))))
+
+
+@each_source
+def test_both_forms_are_sources(make):
+    """What a weight law or a token law may ask for is there."""
+    assert isinstance(make(), Source)
+
+
+def test_normal_draws_are_torchs_own():
+    """`normal` is `normal_` on the stream and nothing else: recorded evidence depends on it."""
+    plain = torch.empty(5, 7).normal_(0.0, 0.3, generator=generator(stream_key(1), CPU))
+    assert torch.equal(torch_source(dtype=torch.float32).normal((5, 7), 0.3), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torch_draws_have_the_sources_dtype(dtype):
+    """Reals in the source's dtype, whole numbers in int64."""
+    for name, call in CALLS.items():
+        whole = name in ("categorical", "integers")
+        assert call(torch_source(dtype=dtype)).dtype == (torch.int64 if whole else dtype)
+
+
+@each_source
+def test_uniform_draws_fill_their_interval(make):
+    """The distribution function (1 + x/b)/2 on [-b, b]."""
+    draws = np.asarray(make().uniform((SIZE,), 0.3))
+    assert np.abs(draws).max() <= 0.3
+    assert_distribution(draws, lambda x: (1 + x / 0.3) / 2)
+
+
+@each_source
+@pytest.mark.parametrize("cut", [0.1, 2.0, 9.0])
+def test_truncated_normal_draws_follow_their_law(make, cut):
+    """erf(x)/erf(cut) inside the cut, nothing beyond; a cut where erf is 1 is no special case."""
+    draws = np.asarray(make().truncated_normal((SIZE,), 0.5, cut))
+    assert np.abs(draws).max() <= 0.5 * cut
+    whole = math.erf(cut / math.sqrt(2))
+    assert_distribution(draws, lambda x: (1 + math.erf(x / 0.5 / math.sqrt(2)) / whole) / 2)
+
+
+@each_source
+@pytest.mark.parametrize("shape", [(3, 3), (2, 5), (5, 2), (1, 1)], ids=str)
+def test_orthogonal_draws_are_haar(make, shape):
+    """Orthonormal frames; E O_ij = 0 and E (tr O)^2 = k/n for a k by n frame, as Haar has.
+
+    Without its signs a QR has a diagonal of one sign, and the first of these fails.
+    """
+    frames = np.asarray(make().orthogonal((20_000, *shape)))
+    short, long = min(shape), max(shape)
+    rows = frames if shape[0] == short else frames.swapaxes(1, 2)
+    assert np.abs(rows @ rows.swapaxes(1, 2) - np.eye(short)).max() < 1e-12
+    for row in range(short):
+        assert_mean(frames[:, row, row], 0.0)
+    trace = np.trace(frames, axis1=1, axis2=2)
+    assert_mean(trace**2, short / long)
+    if short == long:
+        assert_mean(np.linalg.det(frames), 0.0)
+
+
+@each_source
+def test_an_orthogonal_draw_needs_matrices(make):
+    """A vector has no frame."""
+    with pytest.raises(ValueError, match=r"matrices on the last two axes, got \(4,\)"):
+        make().orthogonal((4,))
+
+
+@each_source
+def test_categorical_draws_have_their_probabilities(make):
+    """Each value's share to 5 standard errors; what has probability 0 never comes."""
+    draws = np.asarray(make().categorical(ROW, (SIZE,)))
+    for value, probability in enumerate(ROW):
+        assert_mean(draws == value, probability)
+        assert (draws == value).any() == (probability > 0)
+
+
+class Edges:
+    """A generator that returns the numbers where one value of `ROW` ends and another begins."""
+
+    def random(self, shape):
+        return np.array([0.0, 0.25, 0.5, 0.75, 1 - 2.0**-53])
+
+
+def test_categorical_draws_at_the_edges():
+    """[0, 1) is cut into half-open pieces: a value of probability 0 does not come even there."""
+    row = np.array([0.0, 0.25, 0.25, 0.0, 0.25, 0.25, 0.0])
+    found = NumpySource(Edges()).categorical(row, (5,))
+    assert found.tolist() == [1, 2, 4, 5, 5]
+
+
+@each_source
+def test_neighbouring_categorical_draws_are_independent(make):
+    """Two positions hold the same token with probability sum p^2."""
+    first, second = np.asarray(make().categorical(ROW, (2, SIZE)))
+    assert_mean(first == second, (ROW**2).sum())
+
+
+@each_source
+@pytest.mark.parametrize("high", [1, 5, 50_257])
+def test_integers_are_equally_likely(make, high):
+    """Mean and variance of the whole numbers below `high`, and its ends."""
+    draws = np.asarray(make().integers((SIZE,), high))
+    assert 0 <= draws.min() <= draws.max() < high
+    assert_mean(draws, (high - 1) / 2)
+    assert_mean((draws - (high - 1) / 2) ** 2, (high**2 - 1) / 12)
+
+
+@pytest.mark.parametrize(
+    "row", [[], [0.5, 0.6], [1.5, -0.5], [[0.5, 0.5]], [math.nan, 1.0]], ids=str
+)
+def test_a_row_that_is_no_distribution_is_refused(row):
+    """Empty, negative, not a number, not of sum 1, not a row."""
+    with pytest.raises(ValueError, match="one row of probabilities that sum to 1"):
+        cumulative(np.array(row))
+
+
+def test_cumulative_probabilities_end_at_one_exactly():
+    """So that a number just below 1 has a value, though the sums round."""
+    row = np.full(50_257, 1 / 50_257)
+    assert cumulative(row)[-1] == 1.0
+    assert row.cumsum()[-1] != 1.0
+    assert np.array_equal(cumulative(np.array([0.0, 1.0, 0.0])), [0.0, 1.0, 1.0])

@@ -25,7 +25,7 @@ def derived(
 ) -> Formula:
     """The kernel at a place of a one-layer decoder with uniform attention (softmax for scores)."""
     kind: AttentionKind = "softmax" if "scores" in place else "uniform"
-    derivation = derive(decoder(64, 4, n_ctx=8, d_ff=0, attention=kind), place)
+    derivation = derive(decoder(64, 4, n_ctx=8, d_ff=0, attention=kind), None, place)
     kernel = derivation.result.subs({n: m}) if diagonal else derivation.result
     return Formula(
         name, one_sigma(kernel), statement, Status.EXACT, source, left, derivation=derivation

@@ -51,10 +51,9 @@ def leading_bias(correlation: np.ndarray, width: float) -> np.ndarray:
     return np.asarray(_compiled_bias()(correlation, width))
 
 
-def cosine_remainder(correlation: np.ndarray, width: float) -> np.ndarray:
-    """How far E cos may be from rho: the first order and a bound on the next two."""
-    beyond = _compiled_expansion_remainder()(correlation, width)
-    return np.asarray(np.abs(leading_bias(correlation, width)) + beyond)
+def expansion_bound(correlation: np.ndarray, width: float) -> np.ndarray:
+    """A bound on what E cos has beyond the first order in 1/width."""
+    return np.asarray(_compiled_expansion_remainder()(correlation, width))
 
 
 @cache

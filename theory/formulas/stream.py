@@ -17,7 +17,7 @@ GAIN = d**2 * sigma**4
 def formulas() -> Iterator[Formula]:
     """Kernel, cosine and coordinate variance of y = x + o."""
     architecture = decoder(64, 4, n_ctx=8, d_ff=4, attention="uniform")
-    derivation = derive(architecture, "blocks.0.resid_mid")
+    derivation = derive(architecture, None, "blocks.0.resid_mid")
     kernel = one_sigma(derivation.result)
     yield Formula(
         "residual.kernel",
@@ -37,7 +37,7 @@ def formulas() -> Iterator[Formula]:
         r"\mathbb{E}|y_m|^2/d",
         derivation=derivation,
     )
-    normed = derive(architecture, "blocks.0.ln2")
+    normed = derive(architecture, None, "blocks.0.ln2")
     yield Formula(
         "residual.cosine",
         one_sigma(normed.result),

@@ -6,13 +6,13 @@ import sympy as sp
 
 from nope.operations import Activate
 from theory.formulas.duals import DUALS
-from theory.kernel import K, Rule, Traits
+from theory.kernel import Fidelity, K, Rule, Traits
 from theory.rules import rule_for
 from theory.symbols import a, b, c, d, m, n
 
 
 @rule_for.register
-def _(operation: Activate, traits: Mapping[str, Traits]) -> Rule:
+def _(operation: Activate, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
     """K_h(m, n) = E phi(X) phi(Y), (X, Y) ~ N(0, [[K_mm, K_mn], [K_mn, K_nn]]).
 
     Given the input, pre-activations are Gaussian over W_in with the *empirical* kernel, so

@@ -1,26 +1,38 @@
-"""Scores, patterns and mixing, at the fidelity `uniform`: a_mn = 1/m.
+"""Scores, patterns and mixing.
 
-For a softmax the remainder is the leading effect of what `uniform` ignores, with s^2 the
-variance of a logit: sum of a^2 grows by exp(s^2) - 1, and the tilt towards keys that agree
-with the query adds s^2/d to the output's second moment, m s^2/d relative to 1/m.
+How a softmax is treated is the fidelity: `uniform` takes a_mn = 1/m here, the others are in
+`theory.rules.softmax`.  For a softmax taken as uniform the remainder is the leading effect of
+what is ignored, with s^2 the variance of a logit: sum of a^2 grows by exp(s^2) - 1, and the
+tilt towards keys that agree with the query adds s^2/d to the output's second moment, m s^2/d
+relative to 1/m.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import sympy as sp
 
-from nope.operations import Average, Mix, Scores, Softmax, Uniform
-from theory.kernel import PREFIX_SUM, ZERO, J, K, Rule, Traits
-from theory.rules import rule_for
+from nope.operations import Average, Mix, Operation, Scores, Softmax, Uniform
+from theory.kernel import PREFIX_SUM, ZERO, Fidelity, J, K, Rule, Traits
+from theory.rules import rule_for, softmax
 from theory.symbols import d, d_h, m, n
 
 
+def require_causal(operation: Scores | Uniform) -> None:
+    """The kernel calculus sums over prefixes."""
+    if not operation.causal:
+        raise NotImplementedError(
+            f"expected a causal mask, got none at {operation.place}; without one the network is "
+            "permutation-equivariant (theory.symmetry), measure the rest with montecarlo.measure"
+        )
+
+
 @rule_for.register
-def _(operation: Scores, traits: Mapping[str, Traits]) -> Rule:
+def _(operation: Scores, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
     """E l_mn^2 = K_q(m, m) K_k(n, n): W_Q and W_K are independent, so only diagonals survive.
 
     d_h products of variance K_q K_k are summed and divided by sqrt(d_h), so d_h cancels.
     """
+    require_causal(operation)
     query, key = (traits[name] for name in operation.inputs)
     gaussian = query.kurtosis == 3 and key.kurtosis == 3
     exact = query.fixed_norm and key.fixed_norm
@@ -32,13 +44,32 @@ def _(operation: Scores, traits: Mapping[str, Traits]) -> Rule:
         assumption="W_Q and W_K independent; |e_m|^2 constant",
         source="chi2023 Lemma 2, corrected",
         remainder=ZERO if exact else sp.Integer(2) * query.maps / d,
-        traits=Traits(kurtosis=3 + 6 / d_h if gaussian else None),
+        traits=Traits(kurtosis=3 + 6 / d_h if gaussian else None, query_key=operation.inputs[:2]),
     )
 
 
 @rule_for.register
-def _(operation: Softmax, traits: Mapping[str, Traits]) -> Rule:
+def _(operation: Softmax, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
+    return PATTERNS[fidelity](operation, traits)
+
+
+@rule_for.register
+def _(operation: Mix, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
+    """The prefix mean of the values' kernel, exact for a uniform pattern."""
+    pattern, values = operation.inputs
+    if traits[pattern].logits is None:
+        return prefix_mean("uniform attention", (values,), after(operation, traits), ZERO)
+    return MIXTURES[fidelity](operation, traits)
+
+
+def after(operation: Mix, traits: Mapping[str, Traits]) -> Traits:
+    """What is left to know of a place once its positions are mixed."""
+    return Traits(maps=traits[operation.inputs[1]].maps)
+
+
+def uniform_pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
     """E a_mn^2 = 1/m^2; what is dropped is (e^{s^2} - 1)(1 - 1/m), s^2 the logit's variance."""
+    logits = operation.inputs[0]
     return Rule(
         name="softmax taken as uniform",
         statement="A query spreads its attention evenly over its prefix: a_mn = 1/m.",
@@ -47,21 +78,19 @@ def _(operation: Softmax, traits: Mapping[str, Traits]) -> Rule:
         assumption="s^2 << 1: logits so small that the softmax is flat",
         source="chi2023 Property 1",
         remainder=(sp.exp(K(m, m)) - 1) * (1 - 1 / m),
-        traits=Traits(logits=operation.inputs[0]),
+        traits=Traits(logits=logits, query_key=traits[logits].query_key),
     )
 
 
-@rule_for.register
-def _(operation: Uniform, traits: Mapping[str, Traits]) -> Rule:
-    """a_mn^2 = 1/m^2."""
-    return Rule(
-        name="uniform pattern",
-        statement="The pattern is a_mn = 1/m by definition.",
-        sources=(),
-        expression=1 / m**2,
-        assumption="none",
-        source="definition",
-        traits=Traits(),
+def uniform_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
+    """The prefix mean, as if a_mn = 1/m."""
+    pattern, values = operation.inputs
+    logits = traits[pattern].logits
+    assert logits is not None
+    ignored = [(sp.exp(J(x, x)) - 1) * (1 - 1 / x) + x * J(x, x) / d for x in (m, n)]
+    sources = (values, logits)
+    return prefix_mean(
+        "attention taken as uniform", sources, after(operation, traits), sum(ignored) / 2
     )
 
 
@@ -79,21 +108,39 @@ def prefix_mean(name: str, sources: tuple[str, ...], traits: Traits, remainder: 
     )
 
 
-@rule_for.register
-def _(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
-    """The prefix mean of the values' kernel; exact for a uniform pattern."""
-    pattern, values = operation.inputs
-    after = Traits(maps=traits[values].maps)
-    logits = traits[pattern].logits
-    if logits is None:
-        return prefix_mean("uniform attention", (values,), after, ZERO)
-    ignored = [(sp.exp(J(x, x)) - 1) * (1 - 1 / x) + x * J(x, x) / d for x in (m, n)]
-    return prefix_mean("attention taken as uniform", (values, logits), after, sum(ignored) / 2)
+PATTERNS: dict[Fidelity, Callable[[Operation, Mapping[str, Traits]], Rule]] = {
+    "uniform": uniform_pattern,
+    "first_order": softmax.first_order_pattern,
+    "any_temperature": softmax.pattern,
+}
+"""E a_mn^2 of a softmax, by fidelity."""
+
+MIXTURES: dict[Fidelity, Callable[[Mix, Mapping[str, Traits]], Rule]] = {
+    "uniform": uniform_mixture,
+    "first_order": softmax.first_order_mixture,
+    "any_temperature": softmax.mixture,
+}
+"""The kernel of a softmax's output, by fidelity."""
 
 
 @rule_for.register
-def _(operation: Average, traits: Mapping[str, Traits]) -> Rule:
+def _(operation: Uniform, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
+    """a_mn^2 = 1/m^2."""
+    require_causal(operation)
+    return Rule(
+        name="uniform pattern",
+        statement="The pattern is a_mn = 1/m by definition.",
+        sources=(),
+        expression=1 / m**2,
+        assumption="none",
+        source="definition",
+        traits=Traits(),
+    )
+
+
+@rule_for.register
+def _(operation: Average, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
     """The prefix mean of the input's kernel."""
     before = traits[operation.inputs[0]]
-    after = Traits(maps=before.maps, isotropic=before.isotropic)
-    return prefix_mean("causal mean", operation.inputs, after, ZERO)
+    left = Traits(maps=before.maps, isotropic=before.isotropic)
+    return prefix_mean("causal mean", operation.inputs, left, ZERO)

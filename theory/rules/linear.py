@@ -6,7 +6,7 @@ import sympy as sp
 
 from nope.operations import Linear, Weight
 from theory import symbols
-from theory.kernel import K, Rule, Traits
+from theory.kernel import Fidelity, K, Rule, Traits
 from theory.rules import rule_for
 from theory.symbols import m, n
 
@@ -22,7 +22,7 @@ def width_of(weight: Weight) -> sp.Symbol:
 
 
 @rule_for.register
-def _(operation: Linear, traits: Mapping[str, Traits]) -> Rule:
+def _(operation: Linear, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
     """K_y(m, n) = fan_in sigma_w^2 K_x(m, n) (+ sigma_b^2): E W'W = fan_in sigma_w^2 I."""
     before = traits[operation.inputs[0]]
     expression = width_of(operation.weight) * variance_of(operation.weight) * K(m, n)
@@ -38,5 +38,11 @@ def _(operation: Linear, traits: Mapping[str, Traits]) -> Rule:
         expression=expression,
         assumption="weights i.i.d., zero mean, independent of the input",
         source="chi2023 Lemma 1",
-        traits=Traits(maps=before.maps + 1, fixed_norm=before.normalised, kurtosis=kurtosis),
+        traits=Traits(
+            maps=before.maps + 1,
+            fixed_norm=before.normalised,
+            independent=before.independent and operation.bias is None,
+            centred=before.centred,
+            kurtosis=kurtosis,
+        ),
     )

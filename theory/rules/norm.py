@@ -7,19 +7,20 @@ import sympy as sp
 from nope.operations import Normalise
 from theory import symbols
 from theory.formulas.norm import shrinkage_remainder
-from theory.kernel import ZERO, K, Rule, Traits
+from theory.kernel import ZERO, Fidelity, K, Rule, Traits, X
 from theory.rules import rule_for
 from theory.symbols import d, m, n
 
 
 @rule_for.register
-def _(operation: Normalise, traits: Mapping[str, Traits]) -> Rule:
+def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
     """N(m, n) = c K(m, n) / sqrt((c K(m, m) + eps)(c K(n, n) + eps)).
 
     c = 1 - 1/d is what centring leaves of a variance (1 for RMSNorm).  With eps = 0 the
     diagonal is exactly 1, and so is every i.i.d. token's kernel.  What is dropped off the
-    diagonal is E cos - cos E, (1 - rho^2)/(2d) per random map (`cosine.gaussian_pair`); with
-    eps > 0 the fluctuation of |x|^2 adds `shrinkage_remainder`.
+    diagonal is E cos - cos E: (1 - rho^2)/(2d) per random map (`cosine.gaussian_pair`), and the
+    excess X(m, n) that a softmax adds unless the fidelity is `any_temperature`.  With eps > 0
+    the fluctuation of |x|^2 adds `shrinkage_remainder`.
     """
     before = traits[operation.inputs[0]]
     centring = operation.kind == "layernorm"
@@ -33,6 +34,8 @@ def _(operation: Normalise, traits: Mapping[str, Traits]) -> Rule:
         remainder += sp.Abs(rho) * shrinkage_remainder(kept * K(m, m), eps, freedom)
     else:
         expression = rho
+    if fidelity == "any_temperature" and not before.independent:
+        expression = expression * (1 + X(m, n))
     kurtosis = None
     if before.isotropic and not operation.eps:
         kurtosis = 3 * (d - 1) / (d + 1) if centring else 3 * d / (d + 2)
@@ -47,6 +50,8 @@ def _(operation: Normalise, traits: Mapping[str, Traits]) -> Rule:
         traits=Traits(
             maps=before.maps,
             normalised=not operation.eps,
+            independent=before.independent,
+            centred=centring,
             kurtosis=kurtosis,
             norm_kurtosis=None if operation.eps else sp.Integer(1),
         ),

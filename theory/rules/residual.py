@@ -1,24 +1,48 @@
-"""Residual sums."""
+"""Residual sums and gated products: two places become one."""
 
 from collections.abc import Mapping
 
-from nope.operations import Add
-from theory.kernel import J, K, Rule, Traits
+import sympy as sp
+
+from nope.operations import Add, Multiply
+from theory.kernel import Fidelity, J, K, Rule, Traits
 from theory.rules import rule_for
-from theory.symbols import m, n
+from theory.symbols import d, m, n
 
 
 @rule_for.register
-def _(operation: Add, traits: Mapping[str, Traits]) -> Rule:
-    """K_y = K_x + K_branch: the branch ends in zero-mean weights of its own."""
+def _(operation: Add, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
+    """K_y = K_x + scale^2 K_branch: the branch ends in zero-mean weights of its own."""
     stream, branch = (traits[name] for name in operation.inputs)
     return Rule(
         name="residual sum",
         statement="Stream and branch are uncorrelated: their kernels add.",
         sources=operation.inputs,
-        expression=K(m, n) + J(m, n),
+        expression=K(m, n) + sp.nsimplify(operation.scale) ** 2 * J(m, n),
         assumption="the branch's last map has zero mean and is independent of the stream",
         source="chi2023, residual variance",
-        carried="largest",
+        carried="shared",
         traits=Traits(maps=max(stream.maps, branch.maps)),
+    )
+
+
+@rule_for.register
+def _(operation: Multiply, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
+    """K_h = K_gate K_linear: W_gate and W_in are independent given the input.
+
+    Both fluctuate with the empirical kernel of one input, which adds twice the covariance of
+    the factors: (1 - rho^2)^2 maps/d between correlations; the norm's part is gone after a norm.
+    """
+    gate, linear = (traits[name] for name in operation.inputs)
+    rho = J(m, n) / sp.sqrt(J(m, m) * J(n, n))
+    shared = (1 - rho**2) ** 2 if linear.fixed_norm else 2
+    return Rule(
+        name="gated product",
+        statement="Gate and linear unit have independent weights: their kernels multiply.",
+        sources=operation.inputs,
+        expression=K(m, n) * J(m, n),
+        assumption="W_gate and W_in independent; the input's empirical kernel near its mean",
+        source="derived here, for the units of Shazeer 2020",
+        remainder=shared * sp.Integer(linear.maps) / d,
+        traits=Traits(maps=max(gate.maps, linear.maps)),
     )

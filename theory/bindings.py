@@ -1,0 +1,86 @@
+"""The numbers that a question gives to the symbols of the theory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from nope.architecture import Architecture
+from nope.init import Scheme, law_of
+from nope.operations import Linear, Mix, Normalise, Operation, Scores
+from nope.tokens import EmbeddingTokens
+from theory.formulas.tokens import power_sum
+from theory.symbols import WEIGHT_STD
+
+Numbers = Mapping[str, float]
+
+
+def local_bindings(architecture: Architecture, init: Scheme) -> dict[str, Numbers]:
+    """For each place the value of every symbol that its rule may read, positions aside."""
+    shared = _shared(architecture)
+    return {
+        operation.place: {**shared, **_own(operation, architecture, init)}
+        for operation in architecture.operations
+    }
+
+
+def bindings(architecture: Architecture, init: Scheme, places: Iterable[str] = ()) -> Numbers:
+    """The value of every symbol, positions aside, of these places together (of all by default).
+
+    Raises `NotImplementedError` where a symbol has two values, as that for the weights of one
+    role may in a stack of unlike layers.
+    """
+    found = local_bindings(architecture, init)
+    values: dict[str, float] = {}
+    for place in tuple(places) or architecture.places():
+        for name, value in found[place].items():
+            if values.setdefault(name, value) != value:
+                raise NotImplementedError(
+                    f"expected one value of {name} in an architecture, got {values[name]} and "
+                    f"{value}; ask layer by layer"
+                )
+    stds = {values[s.name] for s in WEIGHT_STD.values() if s.name in values}
+    if len(stds) == 1:
+        (values["sigma"],) = stds
+    if "sigma_q" in values and "sigma_k" in values:
+        values["s"] = architecture.d_model * values["sigma_q"] * values["sigma_k"]
+    if "sigma_v" in values and "sigma_o" in values:
+        values["g"] = (architecture.d_model * values["sigma_v"] * values["sigma_o"]) ** 2
+        values["kappa"] = values["g"] / values["sigma_x"] ** 2
+    return values
+
+
+def _shared(architecture: Architecture) -> dict[str, float]:
+    tokens = architecture.tokens
+    values: dict[str, float] = {
+        "d": architecture.d_model,
+        "H": architecture.n_heads,
+        "L": architecture.n_ctx,
+        "d_h": architecture.d_model // architecture.n_heads,
+        "sigma_x": tokens.std,
+    }
+    if isinstance(tokens, EmbeddingTokens):
+        values |= {"V": tokens.vocabulary, "p_2": power_sum(tokens, 2)}
+    return values
+
+
+def _own(operation: Operation, architecture: Architecture, init: Scheme) -> dict[str, float]:
+    """What the operation's own weights, heads and eps give."""
+    values: dict[str, float] = {}
+    for weight in operation.weights:
+        if weight.role == "embedding":
+            continue  # its law is that of the tokens, sigma_x
+        symbol = WEIGHT_STD[weight.role].name if weight.role in WEIGHT_STD else "sigma_b"
+        values[symbol] = law_of(init, weight, architecture).variance ** 0.5
+    match operation:
+        case Linear(weight=weight) if weight.role == "mlp_out":
+            values["d_ff"] = weight.fan_in
+        case Normalise(eps=eps) if eps:
+            values["epsilon"] = eps
+        case Scores(d_head=d_head):
+            values |= {"d_h": d_head, "H": architecture.d_model // d_head}
+        case Mix(inputs=(_, source)):
+            heads = architecture.places()[source].n_heads
+            values |= {"d_h": architecture.d_model // heads, "H": heads}
+        case _:
+            pass
+    return values
