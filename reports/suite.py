@@ -291,14 +291,15 @@ def _words(
     span = f"[{ends[0]:.4g}, {ends[1]:.4g}]" if np.isfinite(ends).all() else "(no interval yet)"
     found = f"{worst['estimate']:.4g} {span}"
     aside, entries = decision.measurement.aside, decision.target.entries
-    draws = f"{decision.measurement.draws} draws{f', {aside}' if aside else ''}"
+    draws = f"{decision.measurement.draws} draws"
+    evidence = f"{draws}, {aside}" if aside else draws
     if decision.verdict == "CONFIRMED":
         every = f"every one of {entries} entries is" if entries > 1 else "it is"
-        return f"{claim.statement} CONFIRMED: {every} {rule} ({draws})."
+        return f"{claim.statement} CONFIRMED: {every} {rule} ({evidence})."
     if decision.verdict == "REFUTED":
         return (
             f"{claim.statement} REFUTED: {where} it is {found}, predicted "
-            f"{worst['prediction']:.4g}, and not {rule} ({draws})."
+            f"{worst['prediction']:.4g}, and not {rule} ({evidence})."
         )
     return (
         f"{claim.statement} UNDECIDED: {ended} after {draws} with {found} {where}, predicted "

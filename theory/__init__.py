@@ -5,7 +5,7 @@
 d**2*sigma**4
 
 `theory.predict(question)` answers a `nope.Question` with values, status and remainder;
-`theory.derive(architecture, place)` gives the steps; `theory.claims()` lists what the papers
+`theory.derive(architecture, init, place)` gives the steps; `theory.claims()` lists what the papers
 say; `theory.formulas()` is the mathematics by name.
 """
 
@@ -14,13 +14,14 @@ from theory.derivation import Derivation, derive
 from theory.formula import Formula, Status
 from theory.formulas import formula, formulas
 from theory.predict import Prediction, predict
-from theory.relations import Equals, Ordered
+from theory.relations import Equals, Identical, Ordered
 
 __all__ = [
     "Claim",
     "Derivation",
     "Equals",
     "Formula",
+    "Identical",
     "Ordered",
     "Prediction",
     "Setting",

@@ -24,6 +24,7 @@ from nope.architecture import Architecture
 from nope.init import law_of
 from nope.operations import Softmax, Uniform
 from nope.questions import Question
+from theory import symmetry
 from theory.bindings import bindings, local_bindings
 from theory.derivation import Derivation, Step, derive
 from theory.formula import Formula, Status, compile_number_form
@@ -140,6 +141,9 @@ def predict(question: Question, fidelity: Asked = "best") -> Prediction:
         known = ", ".join(get_args(Asked))
         raise ValueError(f"expected fidelity of {known}, got {fidelity!r}; change fidelity")
     question.require_applicable()
+    if question.kind.transform is not None:
+        share = np.full(question.shape, symmetry.share_broken(question))
+        return Prediction(share, np.zeros(question.shape), Status.EXACT)
     if question.given is not None:
         raise NotImplementedError(
             "expected a question over random weights: the kernel calculus averages over them; "
@@ -151,12 +155,15 @@ def predict(question: Question, fidelity: Asked = "best") -> Prediction:
 
 
 def _best(question: Question) -> Prediction:
-    """The prediction of the smallest largest remainder, among the fidelities that have one."""
+    """The prediction of the smallest largest remainder, among the fidelities that have one.
+
+    `first_order` is no candidate: it is what `any_temperature` starts with.
+    """
     softmax = any(
         isinstance(operation, Softmax)
         for operation in question.architecture.upstream(question.place)
     )
-    tried: tuple[Fidelity, ...] = get_args(Fidelity) if softmax else ("uniform",)
+    tried: tuple[Fidelity, ...] = ("any_temperature", "uniform") if softmax else ("uniform",)
     found, refused = [], []
     for fidelity in tried:
         try:
@@ -164,7 +171,7 @@ def _best(question: Question) -> Prediction:
         except NotImplementedError as reason:
             refused.append(reason)
     if not found:
-        raise refused[0]
+        raise refused[-1]
     return min(found, key=lambda prediction: _largest(prediction, question))
 
 
@@ -329,9 +336,7 @@ class _Values:
         for closed in self._closed:
             before = (operation.place for operation in architecture.upstream(closed))
             symbols[closed] = bindings(architecture, self._question.init, before)
-        found = KernelValues(
-            self._rules, symbols, n_ctx, positions, self._closed, self._exact
-        )
+        found = KernelValues(self._rules, symbols, n_ctx, positions, self._closed, self._exact)
         if not self._pointwise:
             found.advance(place)
         return found

@@ -70,6 +70,7 @@ class KernelValues:
         self._rules, self._symbols, self._n_ctx = rules, symbols, n_ctx
         self._m, self._n = positions
         self._closed, self._exact = closed, exact
+        self._all_pairs = self._m.shape == (n_ctx, 1) and self._n.shape == (1, n_ctx)
         self._memo: dict[str, dict[tuple[str, str], np.ndarray]] = {place: {} for place in rules}
         self._moved: dict[str, Moved] = {}
 
@@ -77,7 +78,8 @@ class KernelValues:
         """Compute every place in order and drop each after its last use, but for `keep`."""
         last = {name: place for place, rule in self._rules.items() for name in self._reads(rule)}
         for place, rule in self._rules.items():
-            self.kernel(place), self.remainder(place), self.excess(place)
+            self.kernel(place, "mm"), self.kernel(place, "nn")
+            self.remainder(place), self.excess(place)
             for name in {place, *self._reads(rule)}:
                 if last.get(name, place) == place and name != keep:
                     self._memo[name].clear()
@@ -95,12 +97,12 @@ class KernelValues:
 
     def _kernel(self, place: str, view: View) -> np.ndarray:
         rule = self._rules[place]
+        if view != "mn" and self._all_pairs:
+            return self._diagonal(self.kernel(place), view)
         if place in self._closed:
             return self._evaluate(place, self._closed[place], view)
         if rule.algorithm is None and not rule.expression.has(sp.Sum):
             return self._evaluate(place, rule.expression, view)
-        if view != "mn":
-            return self._diagonal(self.kernel(place), view)
         if rule.algorithm is not None:
             return self._algorithm(place).kernel
         return self._evaluate(place, rule.expression, "mn", prefix_sum(self._source(rule, 0)))
@@ -196,6 +198,8 @@ class KernelValues:
         self, place: str, what: str, view: View, compute: Callable[[str, View], np.ndarray]
     ) -> np.ndarray:
         memo = self._memo[place]
+        if self._m is self._n:
+            view = "mn"  # one position: the three are the same
         if (what, view) not in memo:
             memo[what, view] = compute(place, view)
         return memo[what, view]
@@ -210,6 +214,7 @@ class KernelValues:
         sources, (left, right) = self._rules[place].sources, self._positions(view)
         values: dict[str, Any] = {
             **self._symbols[place],
+            "p": self._rules[place].traits.maps,
             "m": left.astype(float),
             "n": right.astype(float),
             _SUM.name: sums,

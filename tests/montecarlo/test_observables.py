@@ -26,12 +26,15 @@ VECTOR = [
 ]  # those that transform the inputs: test_symmetry.py
 PAIR = [name for name, kind in OBSERVABLES.items() if "pair" in kind.on]
 
+POINTS = {"cdf": (-0.3, 0.1, 0.2, 2.0)}
 SCALE_FREE = [n for n in VECTOR if n.startswith(("cosine", "adjacen"))]
 
 
 def ask(observable, place, n_ctx=5, d_model=6, **changes):
     architecture = nope.decoder(d_model, 2, n_ctx=n_ctx, **changes)
-    return nope.Question(architecture, nope.init.normal(0.1), place, observable)
+    return nope.Question(
+        architecture, nope.init.normal(0.1), place, observable, points=POINTS.get(observable, ())
+    )
 
 
 def randn(*shape, seed=0):
@@ -149,6 +152,14 @@ def plain_cosine_steps(draws, question, pairs):
 def plain_adjacent_cosine(draws, question, pairs):
     n_ctx = question.architecture.n_ctx
     return [expect(plain_cos(x[m], x[m + 1]) for x in draws) for m in range(n_ctx - 1)]
+
+
+def plain_cdf(draws, question, pairs):
+    def share(x, point):
+        rows = [head[-1] for head in x] if pairs else [x[-1]]
+        return expect(entry <= point for row in rows for entry in row)
+
+    return [expect(share(x, point) for x in draws) for point in question.points]
 
 
 def plain_adjacency_score(draws, question, pairs):
@@ -367,6 +378,13 @@ class Planted:
         return drawn
 
 
+def planted(wrong, place, observable):
+    points = POINTS.get(observable, ())
+    return nope.Question(
+        nope.decoder(4, 2, n_ctx=4), Planted(wrong), place, observable, points=points
+    )
+
+
 def failure(question, index):
     """What block number `index` finds: an error as a value, so that other questions go on."""
     (found,) = sampler.block(Group.of(question), [question], index, Conditions())
@@ -377,14 +395,14 @@ def failure(question, index):
 @pytest.mark.parametrize(
     ("observable", "wrong"),
     [(name, wrong) for name in VECTOR for wrong in (math.nan, math.inf)]
-    + [(name, 1e30) for name in VECTOR if name not in SCALE_FREE],
+    + [(name, 1e30) for name in VECTOR if name not in (*SCALE_FREE, "cdf")],
 )
 def test_what_is_not_finite_is_an_error_at_vector_places(observable, wrong):
     """The error names observable, place and draw: nothing undefined becomes a number.
 
     1e30 is finite, but its square overflows float32.
     """
-    question = nope.Question(nope.decoder(4, 2, n_ctx=4), Planted(wrong), Q, observable)
+    question = planted(wrong, Q, observable)
     draw = 2 * Group.of(question).block_size + 5
     expected = rf"expected finite {observable} at {Q}, got (nan|-?inf) in draw {draw} at position"
     assert re.match(expected, failure(question, 2))
@@ -393,7 +411,7 @@ def test_what_is_not_finite_is_an_error_at_vector_places(observable, wrong):
 @pytest.mark.parametrize("observable", PAIR)
 def test_what_is_not_finite_is_an_error_at_pair_places(observable):
     """The same for a pattern: a NaN query makes NaN attention."""
-    question = nope.Question(nope.decoder(4, 2, n_ctx=4), Planted(math.nan), PATTERN, observable)
+    question = planted(math.nan, PATTERN, observable)
     expected = f"expected finite {observable} at {PATTERN}, got nan in draw 5 at position"
     assert failure(question, 0).startswith(expected)
 

@@ -10,10 +10,13 @@ import pytest
 import nope
 from nope.questions import OBSERVABLES, coordinate_grid, given_weights, position_grid, stream_key
 
+POINTS = (-0.1, 0.0, 0.25)
+
 
 def ask(observable, place="blocks.0.attn.q", n_ctx=5, d_model=8, **changes):
     architecture = nope.decoder(d_model, 2, n_ctx=n_ctx, **changes)
-    return nope.Question(architecture, nope.init.normal(0.1), place, observable)
+    points = POINTS if observable == "cdf" else ()
+    return nope.Question(architecture, nope.init.normal(0.1), place, observable, points=points)
 
 
 def where(observable):
@@ -26,6 +29,7 @@ SHAPES = {  # observable: array shape and number of judged entries at n_ctx = 5,
     "coordinate_second_moment": ((2, 8), 16),
     "kurtosis": ((5,), 5),
     "participation": ((5,), 4),
+    "cdf": ((3,), 3),
     "kernel": ((5, 5), 15),
     "kernel_cosine": ((5, 5), 10),
     "cosine": ((5, 5), 10),
@@ -167,6 +171,29 @@ def test_at_the_least_number_of_positions_there_is_something_to_judge(observable
     if least > 1:
         fewer = ask(observable, where(observable), n_ctx=least - 1)
         assert "positions" in fewer.reason_not_applicable
+
+
+def test_points_label_a_distribution_function():
+    """Every point is judged, and its label is the point."""
+    assert ask("cdf").positions == list(POINTS)
+
+
+@pytest.mark.parametrize(
+    ("observable", "points", "message"),
+    [
+        ("cdf", (), "expected points for cdf"),
+        ("cosine", (0.0,), "expected no points for cosine"),
+        ("cdf", (1.0, 0.0), "in increasing order"),
+        ("cdf", (0.0, 0.0), "in increasing order"),
+        ("cdf", (0.0, math.nan), "finite numbers"),
+        ("cdf", (0.0, math.inf), "finite numbers"),
+        ("cdf", [0.0, 1.0], "a tuple"),
+    ],
+)
+def test_points_are_asked_for_where_they_mean_something(observable, points, message):
+    """`ValueError` for points that are missing, superfluous, or not a list of points."""
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ask("kernel"), observable=observable, points=points)
 
 
 def test_unknown_observables_are_refused():

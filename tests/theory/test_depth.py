@@ -13,6 +13,7 @@ from theory.formula import Status
 from theory.formulas import depth
 from theory.formulas.depth import (
     CesaroPower,
+    Harmonic,
     RandomValueKernel,
     ResidualPower,
     StackKernel,
@@ -103,7 +104,7 @@ def test_stack_kernels_are_matrix_products(layers):
     assert is_exactly(lambda m, n: StackKernel(m, n, layers), expected)
 
 
-@pytest.mark.parametrize("layers", [0, 1, 2, 4])
+@pytest.mark.parametrize("layers", [0, 1, 3])
 def test_random_values_by_every_choice_of_signs(layers):
     """One coordinate, value maps +-1/2: the mean of M M' over all 2^ell signs, g = 1/4."""
     total = [[Fraction(0)] * SIZE for _ in range(SIZE)]
@@ -429,7 +430,7 @@ def test_collapse_depths_by_first_step_analysis(gain):
         depths.append(rest * position / (chance * (position - 1)))
     formula = FORMULAS["collapse_depth" if gain is None else "collapse_depth_residual"]
     at = {} if gain is None else {"beta": rational(gain)}
-    found = [formula.subs(m=int(position), **at) for position in EVERY]
+    found = [exact(formula.subs(m=int(position), **at)) for position in EVERY]
     assert found == [rational(value) for value in depths]
 
 
@@ -481,6 +482,19 @@ def test_a_power_of_a_printed_sum_is_in_brackets(call):
     shown = sp.latex(call)
     assert shown == sp.latex(call.rewrite(sp.Sum))
     assert sp.latex(call**2) == rf"\left({shown}\right)^{{2}}"
+
+
+def test_harmonic_numbers():
+    """Exact, in SymPy's own terms, to 40 digits and in floats; brackets kept in products."""
+    every = [Fraction(0)]
+    for k in range(1, 40):
+        every.append(every[-1] + Fraction(1, k))
+    assert all(exact(Harmonic(k)) == rational(value) for k, value in enumerate(every))
+    assert Harmonic(m).rewrite(sp.harmonic) == sp.harmonic(m)
+    assert abs(sp.N(Harmonic(39), 40) - rational(every[39])) < sp.Float(10) ** -38
+    assert is_close(Harmonic.numbers(np.arange(1.0, 40)), np.array(every[1:], dtype=float))
+    assert sp.latex(2 * Harmonic(m) ** 2) == "2 H_{m}^{2}"
+    assert sp.N(Harmonic(m)) == Harmonic(m)
 
 
 def test_evalf_uses_the_number_form():

@@ -40,7 +40,7 @@ def derivation(name):
     """The derivation to the last place of a named architecture, or its second attention."""
     architecture = nope.decoder(16, 4, n_ctx=4, **ARCHITECTURES[name])
     last = architecture.operations[-1].place
-    return derive(architecture, "blocks.1.attn_out" if "two" in name else last)
+    return derive(architecture, None, "blocks.1.attn_out" if "two" in name else last)
 
 
 def with_step(found, index, **changes):
@@ -72,7 +72,7 @@ def test_a_derivation_has_one_step_per_operation_it_needs(name):
     architecture = nope.decoder(16, 4, n_ctx=4, **ARCHITECTURES[name])
     for place in architecture.places():
         needed = [operation.place for operation in architecture.upstream(place)]
-        assert [step.place for step in derive(architecture, place).steps] == needed
+        assert [step.place for step in derive(architecture, None, place).steps] == needed
 
 
 def factor(step):
@@ -142,7 +142,7 @@ def test_the_output_of_uniform_attention_is_symbolic():
     """d^2 sigma_o^2 sigma_v^2/Max(m, n), letter for letter."""
     architecture = nope.decoder(16, 4, n_ctx=4, attention="uniform")
     expected = d**2 * sigma_o**2 * sigma_v**2 / sp.Max(m, n)
-    assert derive(architecture, "blocks.0.attn_out").result == expected
+    assert derive(architecture, None, "blocks.0.attn_out").result == expected
 
 
 def test_the_residual_stream_is_symbolic():
@@ -150,7 +150,7 @@ def test_the_residual_stream_is_symbolic():
     architecture = nope.decoder(16, 4, n_ctx=4, attention="uniform")
     branch = d**2 * sigma_o**2 * sigma_v**2 / sp.Max(m, n)
     expected = branch + sigma_x**2 * sp.KroneckerDelta(m, n)
-    assert sp.expand(derive(architecture, "blocks.0.resid_mid").result - expected) == 0
+    assert sp.expand(derive(architecture, None, "blocks.0.resid_mid").result - expected) == 0
 
 
 @pytest.fixture
@@ -164,10 +164,10 @@ def fresh_derivations():
 def test_changing_a_rules_variance_changes_all_that_follows(monkeypatch):
     """With another symbol for every weight's variance, all kernels after a weight are in it."""
     architecture = nope.decoder(16, 4, n_ctx=4, d_ff=0, attention="uniform")
-    plain = derive(architecture, "blocks.0.resid_post").kernels()
+    plain = derive(architecture, None, "blocks.0.resid_post").kernels()
     derive.cache_clear()
     monkeypatch.setattr("theory.rules.linear.variance_of", lambda weight: symbols.s)
-    changed = derive(architecture, "blocks.0.resid_post").kernels()
+    changed = derive(architecture, None, "blocks.0.resid_post").kernels()
     first = list(plain).index("blocks.0.attn.v")
     after = [place for place in list(plain)[first:] if not place.endswith("pattern")]
     assert {place for place in plain if plain[place] != changed[place]} == set(after)
@@ -180,7 +180,7 @@ def test_changing_a_rules_variance_changes_all_that_follows(monkeypatch):
 def test_changing_the_value_map_alone_changes_what_reads_it(monkeypatch):
     """Only W_V's symbol is exchanged: queries, keys and scores stay, values and outputs change."""
     architecture = nope.decoder(16, 4, n_ctx=4, d_ff=0)
-    plain = derive(architecture, "blocks.0.resid_post").kernels()
+    plain = derive(architecture, None, "blocks.0.resid_post").kernels()
     derive.cache_clear()
     from theory.rules import linear
 
@@ -188,7 +188,7 @@ def test_changing_the_value_map_alone_changes_what_reads_it(monkeypatch):
     monkeypatch.setattr(
         linear, "variance_of", lambda w: symbols.s if w.role == "value" else honest(w)
     )
-    changed = derive(architecture, "blocks.0.resid_post").kernels()
+    changed = derive(architecture, None, "blocks.0.resid_post").kernels()
     differ = {place.rpartition(".")[2] for place in plain if plain[place] != changed[place]}
     assert differ == {"v", "z", "attn_out", "resid_post"}
 
@@ -212,7 +212,7 @@ def test_numbers_come_from_the_rules(monkeypatch):
 def test_an_unknown_place_is_named():
     """The error lists what the architecture has."""
     with pytest.raises(LookupError, match=r"blocks\.9\.attn_out.*embed"):
-        derive(nope.decoder(16, 4, n_ctx=4), "blocks.9.attn_out")
+        derive(nope.decoder(16, 4, n_ctx=4), None, "blocks.9.attn_out")
 
 
 def test_a_long_kernel_is_used_by_name():

@@ -14,9 +14,9 @@ import theory
 from nope.init import Normal, Zero, normal
 from nope.questions import Question, Weights, position_grid
 from theory.derivation import derive
-from theory.kernel import KernelValues
 from theory.predict import bindings
 from theory.predict import predict as ask
+from theory.propagation import KernelValues
 
 EXACT, LEADING = theory.Status.EXACT, theory.Status.LEADING_ORDER
 D, STD, TOKEN = 16, 0.1, 0.5
@@ -248,11 +248,11 @@ GRID = np.arange(1, 10)
 def test_closed_kernels_equal_the_recursion_on_arrays(attention, place):
     """The symbolic kernel and the rules applied to arrays give the same numbers."""
     architecture = layer(n_ctx=9, d_ff=8, attention=attention, activation="relu")
-    known = bindings(Question(architecture, normal(STD), place, "kernel"))
-    found = derive(architecture, place)
+    known = dict.fromkeys(architecture.places(), bindings(architecture, normal(STD)))
+    found = derive(architecture, None, place)
     positions = (GRID[:, None], GRID[None, :])
     values = [
-        KernelValues(found.rules(), closed, known, 9, positions).kernel(place)
+        KernelValues(found.rules(), known, 9, positions, closed).kernel(place)
         for closed in (found.closed(), {})
     ]
     assert np.abs(values[0] - values[1]).max() <= 1e-9 * np.abs(values[0]).max()
@@ -262,11 +262,12 @@ def test_a_grid_sees_the_same_numbers_as_the_whole_matrix():
     """Two layers at 100 positions, 64 of them on the grid: the averages run over all 100."""
     architecture = layer(n_ctx=100, n_layers=2, d_ff=0, attention="uniform")
     question = Question(architecture, normal(STD), "blocks.1.attn_out", "kernel")
-    found = derive(architecture, question.place)
+    found = derive(architecture, None, question.place)
     every = np.arange(1, 101)
-    whole = KernelValues(
-        found.rules(), found.closed(), bindings(question), 100, (every[:, None], every)
-    ).kernel(question.place)
+    known = dict.fromkeys(architecture.places(), bindings(architecture, normal(STD)))
+    whole = KernelValues(found.rules(), known, 100, (every[:, None], every[None, :]), {}).kernel(
+        question.place
+    )
     grid = position_grid(100) - 1
     assert len(grid) < 100
     assert close(ask(question).values, whole[np.ix_(grid, grid)])
@@ -410,7 +411,7 @@ def test_the_smallest_width():
 def test_ten_thousand_positions(observable, place):
     """One layer at n_ctx = 10000: under 64 MiB and 10 seconds, no n_ctx^2 array."""
     architecture = layer(n_ctx=10_000, d_ff=0)
-    derive(architecture, place)
+    derive(architecture, None, place)
     tracemalloc.start()
     start = time.perf_counter()
     found = predicted(architecture, place, observable)

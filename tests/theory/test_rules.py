@@ -26,7 +26,7 @@ NODES = {-1: Fraction(1, 6), 0: Fraction(2, 3), 1: Fraction(1, 6)}
 def rules(**options):
     """The rules of a decoder, by place, at the end of its last block."""
     architecture = nope.decoder(8, 2, n_ctx=4, **options)
-    return theory.derive(architecture, "blocks.0.resid_post").rules()
+    return theory.derive(architecture, None, "blocks.0.resid_post").rules()
 
 
 def looked_up(expr, function, matrix):
@@ -183,7 +183,7 @@ def test_mixing_by_the_cesaro_matrix(attention):
 def test_causal_mean_by_the_cesaro_matrix():
     """The layer that only averages has the same rule."""
     architecture = nope.prefix_means(8, n_ctx=4)
-    rule = theory.derive(architecture, "mean").rules()["mean"]
+    rule = theory.derive(architecture, None, "mean").rules()["mean"]
     kernel = sp.Matrix(4, 4, lambda r, c: sp.Rational(1 + r * c, 2 + r + c))
     expected = cesaro(4) * kernel * cesaro(4).T
     assert all(entry(rule, r, c, kernel) == expected[r - 1, c - 1] for r, c in pairs(4))
@@ -281,6 +281,6 @@ def test_uniform_attention_by_enumerating_tokens_and_weights():
     architecture = nope.decoder(2, 1, n_ctx=2, d_ff=4, attention="uniform")
     point = {d: 2, sigma_v: 1, sigma_o: 1, sigma_x: 1}
     for place, expected in (("blocks.0.attn_out", output), ("blocks.0.resid_mid", stream)):
-        derived = theory.derive(architecture, place).result
+        derived = theory.derive(architecture, None, place).result
         for left, right in pairs(2):
             assert derived.subs({m: left, n: right, **point}) == expected[left - 1, right - 1]

@@ -14,9 +14,31 @@ from theory.formula import Formula
 @cache
 def formulas() -> Mapping[str, Formula]:
     """Every formula by name."""
-    from theory.formulas import attention, cosine, duals, norm, stream
+    from theory.formulas import (
+        attention,
+        cosine,
+        depth,
+        duals,
+        norm,
+        outputs,
+        softmax,
+        stream,
+        tokens,
+        weingarten,
+    )
 
-    modules = (norm, attention, stream, cosine, duals)
+    modules = (
+        norm,
+        attention,
+        softmax,
+        outputs,
+        stream,
+        cosine,
+        duals,
+        depth,
+        tokens,
+        weingarten,
+    )
     return {found.name: found for module in modules for found in module.formulas()}
 
 

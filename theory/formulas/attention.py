@@ -12,7 +12,7 @@ from nope.architecture import decoder
 from nope.layers import AttentionKind
 from theory.derivation import derive
 from theory.formula import Formula, Status
-from theory.symbols import WEIGHT_STD, H, d, d_h, m, n, s, sigma
+from theory.symbols import WEIGHT_STD, H, d, d_h, m, n, sigma
 
 
 def one_sigma(expr: sp.Expr) -> sp.Expr:
@@ -30,17 +30,6 @@ def derived(
     return Formula(
         name, one_sigma(kernel), statement, Status.EXACT, source, left, derivation=derivation
     )
-
-
-def inflation() -> sp.Expr:
-    """1 + (e^{s^2} - 1)(1 - 1/m) + (m s^2/d)(1 - 1/m)^2."""
-    return 1 + (sp.exp(s**2) - 1) * (1 - 1 / m) + m * s**2 * (1 - 1 / m) ** 2 / d
-
-
-def inflation_remainder() -> sp.Expr:
-    """The next power of s^2 in either term, and the tilt's own 1/m terms, at most 3 s^2/d."""
-    tilt = m * s**4 * (1 - 1 / m) ** 2 / d + 3 * s**2 * (1 - 1 / m) / d
-    return (sp.exp(s**2) - 1 - s**2) * (1 - 1 / m) + tilt
 
 
 def formulas() -> Iterator[Formula]:
@@ -83,24 +72,6 @@ def formulas() -> Iterator[Formula]:
         Status.PRINTED,
         "chi2023 Property 1",
         r"\mathbb{E}\sum_n a_{mn}^2",
-    )
-    yield Formula(
-        "attention.leading_participation",
-        (1 + (sp.exp(s**2) - 1) * (1 - 1 / m)) / m,
-        "The participation of a softmax over m logits of variance s^2, to leading order.",
-        Status.LEADING_ORDER,
-        "derived here: sum a^2 grows by e^{s^2}",
-        r"\mathbb{E}\sum_n a_{mn}^2",
-        remainder=(sp.exp(s**2) - 1 - s**2) * (1 - 1 / m) / m,
-    )
-    yield Formula(
-        "attention.leading_inflation",
-        inflation(),
-        "How much larger than d^2 sigma^4/m softmax makes the output's second moment.",
-        Status.LEADING_ORDER,
-        "derived here: sum a^2 grows by e^{s^2}, the tilt towards agreeing keys adds s^2/d",
-        r"\frac{\mathbb{E}|o_m|^2/d}{d^2\sigma^4/m}",
-        remainder=inflation_remainder(),
     )
     yield derived(
         "attention.uniform_covariance",

@@ -89,8 +89,8 @@ def _written_out(term: sp.Expr, *limits: sp.Tuple) -> sp.Expr:
     return sp.Add(*(term.xreplace(dict(zip(indices, point, strict=True))) for point in points))
 
 
-class SpectralSum(Numeric):
-    """A `Numeric` whose `definition` is an alternating sum over eigenvalues.
+class FiniteSum(Numeric):
+    """A `Numeric` whose `definition` is a finite sum: exact in rationals, no use in floats.
 
     `rewrite(sp.Sum)` puts the sum in the call's place; LaTeX and MathML show the sum.
     """
@@ -110,7 +110,7 @@ class SpectralSum(Numeric):
         return printer._print(self.definition())
 
 
-class CesaroPower(SpectralSum):
+class CesaroPower(FiniteSum):
     """(C^ell)_mn: the weight of token n at position m after ell layers of uniform attention.
 
     The identity at ell = 0, 0 for m < n.  `rewrite(sp.Integral)` gives the moments
@@ -134,7 +134,7 @@ class CesaroPower(SpectralSum):
         return _mixed(_one_depth(ell), cesaro_powers(m, n, _deepest(ell)))
 
 
-class ResidualPower(SpectralSum):
+class ResidualPower(FiniteSum):
     """((I + beta C)^ell)_mn: ell layers with residual and one scalar value path of gain beta.
 
     `rewrite(sp.Integral)` has the Laguerre polynomial beta L^(1)_(ell-1)(beta ln x) where
@@ -159,7 +159,7 @@ class ResidualPower(SpectralSum):
         return _mixed(_choices(ell, beta), cesaro_powers(m, n, _deepest(ell)))
 
 
-class StackKernel(SpectralSum):
+class StackKernel(FiniteSum):
     """(C^ell C'^ell)_mn: the kernel of ell layers without residual or norm over i.i.d. tokens.
 
     The probability that two independent walks, from m and from n, are at the same position
@@ -179,7 +179,7 @@ class StackKernel(SpectralSum):
         return _mixed(_one_depth(ell), meetings(m, n, _deepest(ell)))
 
 
-class RandomValueKernel(SpectralSum):
+class RandomValueKernel(FiniteSum):
     """sum_k binom(ell, k) g^k (C^k C'^k)_mn: the kernel of ell layers of random values.
 
     With residual and without norm, over i.i.d. tokens of unit variance: each layer adds
@@ -230,12 +230,35 @@ def homogeneous(power_sums: Iterable[Any], first: Any) -> list[Any]:
     return found
 
 
-def harmonic(count: sp.Expr) -> sp.Expr:
-    """H_count = 1 + 1/2 + ... + 1/count, through the digamma function; rational at whole numbers.
+class Harmonic(FiniteSum):
+    """H_k = 1 + 1/2 + ... + 1/k, by the digamma function.
 
-    SymPy's own `harmonic` is compiled to a sum without brackets (1.14): 2 H would be wrong.
+    SymPy's own `harmonic` (1.14; `rewrite(sp.harmonic)` gives it) is compiled to a sum without
+    brackets, so that 2 H comes out wrong, and takes minutes for the rational H_100000.
     """
-    return sp.digamma(count + 1) + sp.EulerGamma
+
+    by = "the digamma function"
+    is_real = True
+
+    def definition(self) -> sp.Expr:
+        return sp.Sum(1 / _j, (_j, 1, self.args[0]))
+
+    def _eval_rewrite_as_harmonic(self, last: sp.Expr, **_: Any) -> sp.Expr:
+        return sp.harmonic(last)
+
+    def _eval_evalf(self, prec: int) -> sp.Expr | None:
+        if not self.args[0].is_number:
+            return None
+        after = (self.args[0] + 1)._eval_evalf(prec)
+        return (sp.digamma(after) + sp.EulerGamma)._eval_evalf(prec)
+
+    def _latex(self, printer: Any, exp: str | None = None) -> str:
+        shown = rf"H_{{{printer._print(self.args[0])}}}"
+        return shown if exp is None else rf"{shown}^{{{exp}}}"
+
+    @staticmethod
+    def numbers(*arrays: Array) -> Array:
+        return np.asarray(digamma(arrays[0] + 1) + np.euler_gamma)
 
 
 def cesaro_power_in_harmonic_numbers(layers: int) -> sp.Expr:
@@ -252,7 +275,7 @@ def two_layer_covariance() -> sp.Expr:
     maximum k <= s, and s pairs each larger one.
     """
     shorter, longer = sp.Min(m, n), sp.Max(m, n)
-    total = shorter * (2 + harmonic(longer) - harmonic(shorter)) - harmonic(shorter)
+    total = shorter * (2 + Harmonic(longer) - Harmonic(shorter)) - Harmonic(shorter)
     return total / (m * n)
 
 
@@ -301,7 +324,7 @@ def moves_to_the_first_token() -> sp.Expr:
     The generating function of their number is z prod_{j=2}^m (1 - 1/j)/(1 - z/j): one move and,
     for each j, an independent geometric variable of mean 1/(j-1).
     """
-    return 1 + harmonic(m - 1) - sp.KroneckerDelta(m, 1)
+    return 1 + Harmonic(m - 1) - sp.KroneckerDelta(m, 1)
 
 
 def half_collapse() -> tuple[sp.Expr, sp.Expr]:
@@ -312,7 +335,7 @@ def half_collapse() -> tuple[sp.Expr, sp.Expr]:
     median; in ell the next term of Cornish and Fisher's series tends to
     -(zeta(2) + zeta(3) + 8/135)/(3 ln m) = -0.97/ln m.
     """
-    depth = harmonic(m - 1) + sp.Rational(1, 3)
+    depth = Harmonic(m - 1) + sp.Rational(1, 3)
     return depth, 1 / depth
 
 
@@ -450,7 +473,7 @@ def _weights() -> Iterator[Formula]:
     )
     yield Formula(
         "depth.two_layer_weight",
-        sp.Max(0, harmonic(m) - harmonic(n - 1)) / m,
+        sp.Max(0, Harmonic(m) - Harmonic(n - 1)) / m,
         "Two layers of uniform attention weigh token n by a difference of harmonic numbers.",
         Status.EXACT,
         "derived here",

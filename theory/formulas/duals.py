@@ -24,23 +24,26 @@ WIDTHS = 16
 """Error functions in the sum that stands for a gate."""
 
 
-class PositivePart(sp.Function):
-    """max(0, x), left alone: SymPy's Max compares its arguments, for 14 s in the rule of ReLU."""
+class PositivePart(Numeric):
+    """max(0, x), left alone: SymPy's Max compares its arguments, for seconds in a deep kernel."""
 
     nargs = 1
+    by = "comparison with 0"
     is_extended_nonnegative = True
 
     @classmethod
     def eval(cls, x: sp.Expr) -> sp.Expr | None:
-        """A number is compared at once."""
+        """A number is compared at once, exactly."""
         return sp.Max(0, x) if x.is_number else None
+
+    @staticmethod
+    def numbers(*arrays: np.ndarray) -> np.ndarray:
+        """max(0, x)."""
+        return np.asarray(np.maximum(arrays[0], 0.0))
 
     def fdiff(self, argindex: int = 1) -> sp.Expr:
         """The unit step."""
         return sp.Heaviside(self.args[0])
-
-    def _numpycode(self, printer: Any) -> str:
-        return f"numpy.maximum(0.0, {printer._print(self.args[0])})"
 
     def _latex(self, printer: Any) -> str:
         return rf"\left({printer._print(self.args[0])}\right)_{{+}}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import sympy as sp
-from scipy.special import gammaln, kve
+from scipy.special import kve
 from sympy.printing.latex import LatexPrinter
 
 from theory.formula import Formula, Numeric, Status
@@ -61,10 +61,8 @@ class Shrinkage(Numeric):
     @staticmethod
     def numbers(*arrays: np.ndarray) -> np.ndarray:
         freedom, offset = np.broadcast_arrays(*(np.asarray(a, dtype=float) for a in arrays))
-        values = [
-            chi_square(float(k)).mapped(lambda u, k=k, e=e: k * u / (k * u + e)).mean
-            for k, e in zip(freedom.ravel(), offset.ravel(), strict=True)
-        ]
+        pairs = zip(freedom.ravel(), offset.ravel(), strict=True)
+        values = [chi_square(float(k)).scaled(k).shrunk(e).mean for k, e in pairs]
         return np.array(values).reshape(freedom.shape)
 
     def _eval_rewrite_as_expint(self, freedom: sp.Expr, e: sp.Expr, **hints: Any) -> sp.Expr:
@@ -171,9 +169,7 @@ def formulas() -> Iterator[Formula]:
         },
     }
     for name, (density, statement) in laws.items():
-        yield Formula(
-            f"law.{name}", density, statement, Status.EXACT, "derived here", left="f(x)"
-        )
+        yield Formula(f"law.{name}", density, statement, Status.EXACT, "derived here", left="f(x)")
     yield Formula(
         "layernorm.shrinkage_exact",
         Shrinkage(d - 1, d * eps / sigma_x**2),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +21,10 @@ TOLERANCE = 1e-9
 """What the series may drop, relative to sqrt(E phi(X)^2 E phi(Y)^2)."""
 TERMS = 64
 """Terms of each parity, at most."""
+ROUNDING = 2e-15
+"""Below this a tail's square, the difference of two sums, is not known."""
+BLOCK = 4096
+"""Variances expanded at once, for the sake of memory."""
 
 Function = Callable[[np.ndarray], np.ndarray]
 
@@ -43,44 +46,36 @@ def half_line() -> tuple[np.ndarray, np.ndarray]:
 
 @cache
 def weighted_polynomials() -> np.ndarray:
-    """He_k(z)/sqrt(k!), k < 2 TERMS, times the weights of the nodes; shape (nodes, k)."""
+    """He_k(z)/sqrt(k!), k = 2j + parity, times the weights of the nodes; (parity, nodes, j)."""
     z, weights = half_line()
     columns = [np.ones_like(z), z]
     for k in range(1, 2 * TERMS - 1):
         columns.append((z * columns[k] - np.sqrt(k) * columns[k - 1]) / np.sqrt(k + 1))
-    return np.asarray(np.stack(columns, axis=1) * weights[:, None])
+    weighted = np.stack(columns, axis=1) * weights[:, None]
+    return np.stack([weighted[:, 0::2], weighted[:, 1::2]])
 
 
-class Part(NamedTuple):
-    """The even or the odd part of phi(sqrt(v) .), one column for each v.
+def expand(phi: Function, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """h_k(v), k = 2j + parity, and T_k(v) of this parity relative to sqrt(E phi(sqrt(v) Z)^2).
 
-    `coefficients[j]` is h_k(v) at k = 2j or 2j + 1; `tails[j]`, j = 0..TERMS, is this parity's
-    T_k(v) relative to sqrt(E phi(sqrt(v) Z)^2).
+    Shapes (parity, n, j) with j < TERMS and j <= TERMS, for `variances` of shape (n,).
     """
-
-    coefficients: np.ndarray
-    tails: np.ndarray
-
-    def at(self, index: np.ndarray) -> Part:
-        """The columns `index`, in its shape."""
-        return Part(self.coefficients[:, index], self.tails[:, index])
+    blocks = np.array_split(variances, len(variances) // BLOCK + 1)
+    coefficients, tails = zip(*(_expand(phi, block) for block in blocks), strict=True)
+    return np.concatenate(coefficients, axis=1), np.concatenate(tails, axis=1)
 
 
-def expand(phi: Function, variances: np.ndarray) -> list[Part]:
-    """The even and the odd part of `phi` at variances of shape (n,)."""
+def _expand(phi: Function, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     z, weights = half_line()
     x = np.sqrt(variances)[:, None] * z
     above, below = phi(x), phi(-x)
     parts = np.stack([above + below, above - below]) / 2
-    energies = parts**2 @ weights
+    coefficients = parts @ weighted_polynomials()
+    energies = (parts**2 @ weights)[..., None]
+    left = energies - np.cumsum(coefficients**2, axis=-1)
     size = np.maximum(energies.sum(axis=0), np.finfo(float).tiny)
-    expanded = []
-    for parity, (part, energy) in enumerate(zip(parts, energies, strict=True)):
-        coefficients = (part @ weighted_polynomials()[:, parity::2]).T
-        left = energy - np.cumsum(coefficients**2, axis=0)
-        tails = np.sqrt(np.maximum(np.vstack([energy, left]), 0) / size)
-        expanded.append(Part(coefficients, tails))
-    return expanded
+    tails = np.concatenate([energies, left], axis=-1) / size
+    return coefficients, np.sqrt(np.maximum(tails, ROUNDING))
 
 
 def correlation(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -90,12 +85,12 @@ def correlation(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return np.asarray(np.clip(ratio, -1, 1))
 
 
-def horner(left: np.ndarray, right: np.ndarray, square: np.ndarray) -> np.ndarray:
-    """sum_j left[j] right[j] square^j."""
+def horner(rows: np.ndarray, at_a: np.ndarray, at_b: np.ndarray, square: np.ndarray) -> np.ndarray:
+    """sum_j rows[j, at_a] rows[j, at_b] square^j."""
     total, term = np.zeros(square.shape), np.empty(square.shape)
-    for first, second in zip(left[::-1], right[::-1], strict=True):
+    for row in rows[::-1]:
         total *= square
-        total += np.multiply(first, second, out=term)
+        total += np.multiply(row[at_a], row[at_b], out=term)
     return total
 
 
@@ -109,19 +104,12 @@ def mehler(phi: Function, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.nda
     rho = correlation(a, b, c)
     square, farthest = rho**2, np.abs(rho).max(initial=0)
     values, dropped = np.zeros(rho.shape), np.zeros(rho.shape)
-    for parity, part in enumerate(expand(phi, distinct)):
-        left, right = part.at(at_a), part.at(at_b)
+    for parity, (coefficients, tails) in enumerate(zip(*expand(phi, distinct), strict=True)):
         powers = 2 * np.arange(TERMS + 1) + parity
-        worst = _largest(left.tails) * _largest(right.tails) * farthest**powers
+        worst = tails.max(axis=0, initial=0) ** 2 * farthest**powers
         enough = np.append(np.flatnonzero(worst <= TOLERANCE / 2), TERMS)[0]
-        values += rho**parity * horner(
-            left.coefficients[:enough], right.coefficients[:enough], square
-        )
+        values += rho**parity * horner(coefficients.T[:enough], at_a, at_b, square)
         if worst[enough] > TOLERANCE / 2:
-            dropped += left.tails[-1] * right.tails[-1] * np.abs(rho) ** powers[-1]
+            dropped += tails[at_a, -1] * tails[at_b, -1] * np.abs(rho) ** powers[-1]
     values[dropped > TOLERANCE] = np.nan
     return values
-
-
-def _largest(tails: np.ndarray) -> np.ndarray:
-    return np.asarray(tails.reshape(len(tails), -1).max(axis=1, initial=0))

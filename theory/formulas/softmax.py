@@ -39,6 +39,8 @@ STEP = 0.25
 bounded in a strip of half-width pi/2."""
 LARGEST_EXPONENT = 7.0
 """u^k e^-u is 0 in float64 beyond exp of this."""
+SHARPEST = 300.0
+"""The largest s: the lattices grow with it, to half a gigabyte."""
 ROWS = 1024
 """Positions that are integrated at once."""
 LONGEST = 1e100
@@ -50,10 +52,12 @@ class Transforms:
 
     Both rules are trapezoidal.  The lattice in z reaches where the normal density is
     e^-TAIL/m, the one in x from where m E min(u^least, 1) is e^-TAIL to where phi is.  Its step
-    may grow with s, as long as it resolves phi^m, which falls over s/sqrt(2 ln m).
+    may grow with s, as long as it resolves phi^m, which falls over s/sqrt(2 ln m).  Raises
+    `ValueError` for an s above `SHARPEST`.
     """
 
     def __init__(self, s: float, m_max: float, least: float = 1.0) -> None:
+        expect(s <= SHARPEST, f"logits of standard deviation up to {SHARPEST:g}", s, "lower s")
         reach = float(np.sqrt(2 * (np.log(m_max) + TAIL)))
         near = min(least * s, reach)
         left = (near**2 + reach**2) / (2 * least) + (s - near / least) * reach
@@ -154,7 +158,7 @@ class SoftmaxMean(Lettered):
         for rows in _groups(spread):
             wanted = rows[positions[rows] > 1]
             if spread[rows[0]] > 0 and len(wanted):
-                transforms = Transforms(spread[rows[0]], positions[wanted].max())
+                transforms = Transforms(float(spread[rows[0]]), float(positions[wanted].max()))
                 values[wanted] = cls.integrated(positions[wanted], transforms)
         return values.reshape(shape)
 
@@ -468,8 +472,8 @@ class ParticipationTable:
     less than 1e-9 (1 + m P).  Raises `ValueError` for positions and variances outside it.
 
     >>> table = ParticipationTable(8, 1.0, 64)
-    >>> table(np.array([1, 2, 8]), np.array([0.5, 0.0, 1.0])).round(6)
-    array([0.      , 0.      , 0.825785])
+    >>> table(np.array([2, 4, 8]), 1.0).round(6)
+    array([0.271843, 0.564519, 0.855196])
     """
 
     m_max: int

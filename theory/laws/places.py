@@ -34,7 +34,8 @@ from nope.operations import (
 )
 from nope.questions import Question
 from nope.tokens import GaussianTokens
-from theory.derivation import derive
+from theory.formulas import laws
+from theory.formulas.tokens import collision_matrix
 from theory.laws.law import Family
 from theory.laws.variance import (
     RandomVariance,
@@ -45,6 +46,7 @@ from theory.laws.variance import (
     matched,
 )
 from theory.laws.vectors import (
+    Heads,
     Isotropic,
     Normalised,
     OfNorm,
@@ -53,12 +55,8 @@ from theory.laws.vectors import (
     Vector,
     mixture_family,
 )
-from theory.predict import predict
-from theory.symbols import d
-
-LARGEST = 2**12
-"""A residual sum keeps at most this many values of its variance; more are matched by a chi-square,
-and what that drops is counted."""
+from theory.predict import Prediction, predict
+from theory.symbols import d, d_h, s
 
 
 class Network:
@@ -93,21 +91,20 @@ class Network:
     def law(self, weight: Weight) -> WeightLaw:
         return law_of(self.question.init, weight, self.architecture)
 
-    def second_moments(self, place: str) -> tuple[np.ndarray, np.ndarray]:
-        """The kernel calculus' second moment at every position, and its relative remainder."""
-        asked = replace(self.question, place=place, observable="second_moment", points=())
-        found = predict(asked)
-        return found.values, np.divide(found.remainder, found.values)
+    def predicted(self, place: str) -> Prediction:
+        """The kernel calculus' second moment at every position."""
+        return predict(replace(self.question, place=place, observable="second_moment", points=()))
 
     def second_moment(self, place: str) -> tuple[float, float]:
-        """The same at this position."""
-        values, relative = self.second_moments(place)
-        return float(values[self.position - 1]), float(relative[self.position - 1])
+        """The same at this position, and its relative remainder."""
+        found, at = self.predicted(place), self.position - 1
+        return float(found.values[at]), float(found.remainder[at] / found.values[at])
 
     def norm_spread(self, place: str) -> float:
         """The relative variance of a squared norm, 2/d for each random map that made it."""
-        maps = derive(self.architecture, place).steps[-1].rule.traits.maps
-        return 2 * maps / self.architecture.d_model
+        derivation = self.predicted(place).derivation
+        assert derivation is not None
+        return 2 * derivation.steps[-1].rule.traits.maps / self.architecture.d_model
 
     def gaussian(self, place: str) -> Isotropic:
         """The leading order that every place has: a Gaussian of the kernel calculus' variance."""
@@ -126,6 +123,12 @@ class Network:
             law.gaussian or (isinstance(law, Orthogonal) and weight.role != "bias")
             for weight, law in laws
         )
+
+    def rescaled(self, vector: Isotropic, place: str) -> Isotropic:
+        """The vector with the kernel calculus' second moment at `place`."""
+        moment, relative = self.second_moment(place)
+        variance = vector.variance.scaled(moment / vector.variance.mean)
+        return replace(vector, variance=variance, dropped=vector.dropped + cdf_effect(1) * relative)
 
     def mixes_positions(self, place: str) -> bool:
         """Whether anything upstream looks at other positions."""
@@ -216,10 +219,7 @@ def _(operation: Average, network: Network) -> Vector:
 
 @vector_of.register
 def _(operation: Mix, network: Network) -> Vector:
-    """Given the inputs, N(0, sigma_v^2 |mean of the inputs|^2); one key alone is copied.
-
-    Softmax weights change the mean of that variance, which the kernel calculus knows.
-    """
+    """Given the inputs, N(0, sigma_v^2 |mean of the inputs|^2); one key alone is copied."""
     pattern, values = (network.places[name] for name in operation.inputs)
     scores = pattern if isinstance(pattern, Uniform) else network.places[pattern.inputs[0]]
     assert isinstance(scores, Scores | Uniform)
@@ -227,14 +227,31 @@ def _(operation: Mix, network: Network) -> Vector:
     if count == 1:
         return network.vector(values.place)
     averaged = isinstance(values, Linear) and _averaged(values.inputs[0], count, network)
-    if not isinstance(values, Linear) or not averaged:
-        return network.gaussian(operation.place)
-    vector = network.isotropic_of(mapped(values, averaged, network), values.place)
-    if isinstance(pattern, Uniform):
+    if isinstance(values, Linear) and averaged:
+        vector = network.isotropic_of(mapped(values, averaged, network), values.place)
+    else:
+        vector = network.gaussian(operation.place)
+    if isinstance(scores, Uniform):
         return vector
-    moment, relative = network.second_moment(operation.place)
-    variance = vector.variance.scaled(moment / vector.variance.mean)
-    return replace(vector, variance=variance, dropped=vector.dropped + cdf_effect(1) * relative)
+    return _softmax(network.rescaled(vector, operation.place), scores, count, network)
+
+
+def _softmax(vector: Isotropic, scores: Scores, count: int, network: Network) -> Heads:
+    """What a softmax adds to the spread of its output's variance: that of the participation.
+
+    sum_n a_n^2 = (1 + S)/m to first order, S the empirical variance of the query's m logits, of
+    mean t = s^2 (1 - 1/m).  E S^2/(E S)^2 is (1 + 2/m) times a third of the logits' kurtosis, so
+    that 1 + S has t^2/(1 + t)^2 times that less 1 as its relative variance.  It is as large as
+    what it drops in turn.
+    """
+    logit = logit_family(scores, network)[0].numbers
+    square = float(logit.moment(2))
+    third = float(logit.moment(4)) / (3 * square**2)
+    mean = square * (1 - 1 / count)
+    own = (mean / (1 + mean)) ** 2 * ((1 + 2 / count) * third - 1)
+    variance = matched(vector.variance.mean, vector.variance.central(2) + own)
+    dropped = vector.dropped + cdf_effect(2) * own
+    return Heads(variance, vector.width, dropped, own, network.architecture.n_heads)
 
 
 def _averaged(place: str, count: int, network: Network) -> Vector | None:
@@ -306,10 +323,6 @@ def _(operation: Add, network: Network) -> Vector:
         stream_spread = stream.variance.central(2) + 2 / stream.width
         common = 2 * np.sqrt(stream_spread * added.central(2)) * share * (1 - share)
         dropped += cdf_effect(2) * common
-    if len(variance.values) > LARGEST:
-        spread = variance.central(2)
-        dropped += cdf_effect(3) * abs(variance.central(3) - 2 * spread**2)
-        variance = matched(variance.mean, spread)
     return Isotropic(variance, stream.width, float(dropped))
 
 
@@ -331,12 +344,17 @@ def _independent(operation: Add, network: Network) -> bool:
 def logit_family(operation: Scores, network: Network) -> tuple[Family, float]:
     """A logit is |q| |k| cos/sqrt(d_h): given V_q and V_k, N(0, V_q V_k chi^2_(d_h)/d_h).
 
-    Of a random key among those that the query at this position sees, itself included.
+    Of a random key among those that the query at this position sees, itself included; a key that
+    holds the query's token has its norm.
     """
     query, key = (network.isotropic(name) for name in operation.inputs)
     norms, dropped = _norms(operation, query, key, network)
-    variance = norms.times(chi_square(float(operation.d_head)))
-    return mixture_family(variance), dropped
+    family = mixture_family(norms.times(chi_square(float(operation.d_head))))
+    if norms.freedom != np.inf:
+        return family, dropped
+    density, moments = laws.variance_gamma(d_h, s**2), laws.variance_gamma_moments(d_h, s**2)
+    parameters = {"d_h": float(operation.d_head), "s": float(np.sqrt(norms.mean))}
+    return replace(family, density=density, moments=moments, parameters=parameters), dropped
 
 
 def _norms(
@@ -347,7 +365,7 @@ def _norms(
     if query.variance.freedom == key.variance.freedom == np.inf:
         return query.variance.times(key.variance), dropped
     if network.mixes_positions(operation.place):
-        keys = network.second_moments(operation.inputs[1])[0][:seen]
+        keys = network.predicted(operation.inputs[1]).values[:seen]
         norms = query.variance.times(RandomVariance(keys, np.full(seen, 1 / seen)))
         spreads = [network.norm_spread(place) for place in operation.inputs]
         return norms, dropped + cdf_effect(2) * (sum(spreads) + 2 * np.sqrt(np.prod(spreads)))
@@ -355,4 +373,5 @@ def _norms(
     if len(query.variance.values) != len(key.variance.values):
         return others, dropped
     own = RandomVariance(query.variance.values * key.variance.values, query.variance.weights)
-    return either(others, own, 1 / seen), dropped
+    same = collision_matrix(network.architecture.tokens, network.architecture.n_ctx)
+    return either(others, own, float(same[network.position - 1, :seen].mean())), dropped

@@ -23,7 +23,8 @@ class Parametrised(stats.rv_continuous):
     """An `rv_continuous` with parameters of its own, that may be frozen and pickled."""
 
     def __init__(self, parameters: dict[str, Any], **options: Any) -> None:
-        vars(self).update(parameters)
+        for name, value in parameters.items():
+            setattr(self, name, value)
         self._parameters = parameters
         super().__init__(**{"name": type(self).__name__, **options})
 
@@ -46,10 +47,10 @@ class ScaleMixture(Parametrised):
         return self.variance.average(density, x)
 
     def _cdf(self, x: np.ndarray) -> np.ndarray:
-        return self._below(x) + self.variance.at_zero * (x >= 0)
+        return np.asarray(self._below(x) + self.variance.at_zero * (x >= 0))
 
     def _sf(self, x: np.ndarray) -> np.ndarray:
-        return self._below(-x) + self.variance.at_zero * (x < 0)
+        return np.asarray(self._below(-x) + self.variance.at_zero * (x < 0))
 
     def _below(self, x: np.ndarray) -> np.ndarray:
         return self.variance.average(lambda point, value: ndtr(point / np.sqrt(value)), x)
@@ -61,7 +62,7 @@ class ScaleMixture(Parametrised):
 
     def _ppf(self, q: np.ndarray) -> np.ndarray:
         """By symmetry from the upper tail, where the sf keeps its digits."""
-        return np.where(q < 0.5, -1.0, 1.0) * self._upper(np.minimum(q, 1 - q))
+        return np.asarray(np.sign(q - 0.5) * self._upper(np.minimum(q, 1 - q)))
 
     def _isf(self, q: np.ndarray) -> np.ndarray:
         return -self._ppf(q)

@@ -51,7 +51,7 @@ class Activation:
     def slope(self, at: np.ndarray) -> np.ndarray:
         """The derivative."""
         with np.errstate(over="ignore", invalid="ignore"):
-            return np.nan_to_num(self._forms[1](at))
+            return np.asarray(np.nan_to_num(self._forms[1](at)))
 
     @cached_property
     def turn(self) -> float:
@@ -117,7 +117,8 @@ class Transformed(Parametrised):
         super().__init__({"variance": variance, "function": function}, **{**ends, **options})
 
     def _pdf(self, x: np.ndarray) -> np.ndarray:
-        return self._density_at(self._phi.risen(x), x) + self._of_fallen(x, self._density_at)
+        risen = self._density_at(self._phi.risen(x), x)
+        return np.asarray(risen + self._of_fallen(x, self._density_at))
 
     def _density_at(self, root: np.ndarray, x: np.ndarray) -> np.ndarray:
         density, slope = self._gaussian.pdf(root), np.abs(self._phi.slope(root))
@@ -170,7 +171,7 @@ def gated_variance(variance: RandomVariance, function: str) -> RandomVariance:
     A ReLU's gate is closed half of the time: V is 0.
     """
     phi, (z, weights) = ACTIVATIONS[function], half_line()
-    both = RandomVariance(np.concatenate([-z, z]), np.concatenate([weights, weights]) / 2)
-    gated = variance.combined(lambda v, z: v * phi(np.sqrt(v) * z) ** 2, both)
-    kept = gated.values > 0
-    return RandomVariance(gated.values[kept], gated.weights[kept])
+    opened = phi(np.sqrt(variance.values)[:, None] * np.concatenate([-z, z]))
+    values = (variance.values[:, None] * opened**2).ravel()
+    shares = np.outer(variance.weights, np.concatenate([weights, weights]) / 2).ravel()
+    return RandomVariance(values[values > 0], shares[values > 0])

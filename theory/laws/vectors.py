@@ -105,6 +105,27 @@ class Isotropic:
 
 
 @dataclass(frozen=True, eq=False)
+class Heads(Isotropic):
+    """Heads side by side whose variances differ from head to head by a relative variance `own`.
+
+    The law of a coordinate has all of it and drops as much, a squared norm its share per head.
+    """
+
+    own: float = 0.0
+    n_heads: int = 1
+
+    @property
+    def norm_dropped(self) -> float:
+        return self.dropped - cdf_effect(2) * self.own * (1 - 1 / self.n_heads)
+
+    @cached_property
+    def mean_square(self) -> RandomVariance:
+        spread = self.variance.central(2) - self.own * (1 - 1 / self.n_heads)
+        each = chi_square(float(self.width))
+        return matched(self.variance.mean, spread).times(each)
+
+
+@dataclass(frozen=True, eq=False)
 class OfNorm:
     """A vector of which only the norm is known: enough for the next Gaussian matrix."""
 
@@ -251,7 +272,9 @@ class Units:
     def family(self) -> Family:
         if self.gated:
             return self._gated_family()
-        return mixture_family(self.variance) if self.function == "identity" else self._plain_family()
+        return (
+            mixture_family(self.variance) if self.function == "identity" else self._plain_family()
+        )
 
     def _gated_family(self) -> Family:
         variance = gated_variance(self.variance, self.function)

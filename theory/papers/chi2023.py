@@ -11,12 +11,12 @@ from dataclasses import replace
 import numpy as np
 
 from nope.questions import Question, Weights, coordinate_grid, given_weights
+from theory.bindings import bindings
 from theory.claims import Claim, Setting, best_theory
 from theory.formula import Status
 from theory.formulas import formula
-from theory.formulas.cosine import cosine_remainder
 from theory.formulas.stream import coordinate_variance, norm_fluctuation
-from theory.predict import Prediction, at, bindings, position_arrays
+from theory.predict import Prediction, position_arrays
 
 PAPER = "Chi et al. 2023 (arXiv 2305.13571)"
 TRANSCRIBED = "as transcribed from secondary sources"
@@ -91,7 +91,7 @@ def _step_by_step(setting: Setting) -> Iterator[Claim]:
         Status.PRINTED,
         setting.question(f"{ATTENTION}.pattern", "participation"),
         formula("attention.uniform_participation"),
-        expected=leading_participation,
+        expected=best_theory,
         assumes=("s^2 << 1",),
         asserts=("sum of squared attention weights",),
         remark="The participation of a softmax over logits of variance s^2 grows by e^(s^2).",
@@ -120,7 +120,7 @@ def _outputs(setting: Setting) -> Iterator[Claim]:
         Status.PRINTED,
         setting.question("blocks.0.attn_out", "second_moment"),
         replace(output, status=Status.PRINTED),
-        expected=leading_output,
+        expected=best_theory,
         asserts=("variance of attn_out",),
         remark=spread,
     )
@@ -153,7 +153,7 @@ def _outputs(setting: Setting) -> Iterator[Claim]:
         Status.PRINTED,
         setting.question("blocks.0.resid_mid", "second_moment"),
         replace(residual, status=Status.PRINTED),
-        expected=leading_residual,
+        expected=best_theory,
         asserts=("variance of resid_mid",),
         remark=f"{spread} Wide streams (sigma_x^2 >> d^2 sigma^4) hide both.",
     )
@@ -216,7 +216,8 @@ def _value_map(question: Question) -> np.ndarray:
 
 def _lemma4_values(question: Question, name: str, remainder: bool = False) -> Prediction:
     """A form of Lemma 4 on the question's positions and coordinates."""
-    law, known, M = formula(name), bindings(question), _value_map(question)
+    law, M = formula(name), _value_map(question)
+    known = bindings(question.architecture, question.init)
     coordinates = coordinate_grid(question.architecture.d_model)
     symbols = {
         "d": known["d"],
@@ -247,47 +248,3 @@ def second_order_lemma4(question: Question) -> Prediction:
     values = np.stack(rows)
     delta = [norm_fluctuation(M, std, m + 1) for m in range(question.shape[0])]
     return Prediction(values, values * np.array(delta)[:, None] ** 1.5, Status.LEADING_ORDER)
-
-
-def _softmax_law(name: str, question: Question, m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A formula in s, d and m at the question's sizes and positions m, with its remainder."""
-    law, known = formula(name), bindings(question)
-    symbols = {key: m if key == "m" else known[key] for key in law.symbols}
-    return law(**symbols), law.remainder_at(**symbols)
-
-
-def leading_participation(question: Question) -> Prediction:
-    """The leading estimate of a softmax pattern's participation."""
-    name, m = "attention.leading_participation", position_arrays(question)[0]
-    return Prediction(*_softmax_law(name, question, m), Status.LEADING_ORDER)
-
-
-def leading_output(question: Question) -> Prediction:
-    """d^2 sigma^4/m times the leading inflation by a softmax."""
-    known, m = bindings(question), position_arrays(question)[0]
-    base = formula("attention.uniform_second_moment")(d=known["d"], sigma=known["sigma"], m=m)
-    grown, dropped = _softmax_law("attention.leading_inflation", question, m)
-    return Prediction(base * grown, base * dropped, Status.LEADING_ORDER)
-
-
-def leading_residual(question: Question) -> Prediction:
-    """sigma_x^2 plus the leading output variance."""
-    output = leading_output(question)
-    stream = question.architecture.tokens.std**2
-    return Prediction(stream + output.values, output.remainder, Status.LEADING_ORDER)
-
-
-def leading_cosine(question: Question) -> Prediction:
-    """sqrt(n/m) over the roots of both inflations: the diagonal grows, the rest does not.
-
-    The remainder is that of the inflations, 2 s^2/d on the covariance (queries share their
-    keys' empirical kernel) and the finite width's, with three random maps.
-    """
-    known, (left, right) = bindings(question), position_arrays(question)
-    (rows, lost_rows), (columns, lost_columns) = (
-        _softmax_law("attention.leading_inflation", question, m) for m in (left, right)
-    )
-    values = at(formula("cosine.uniform"), question) / np.sqrt(rows * columns)
-    relative = (lost_rows / rows + lost_columns / columns) / 2 + 2 * known["s"] ** 2 / known["d"]
-    remainder = values * relative + cosine_remainder(values, known["d"] / 3)
-    return Prediction(values, remainder, Status.LEADING_ORDER)

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
+
 import nope
 from nope.questions import Question
 from theory.claims import Claim, Setting, best_theory
 from theory.formula import Status
 from theory.formulas import formula
-from theory.papers.chi2023 import leading_cosine
 from theory.predict import Prediction, at, predict
 from theory.relations import Ordered
 
@@ -42,7 +43,7 @@ def claims(setting: Setting) -> Iterator[Claim]:
         Status.PRINTED,
         setting.question("blocks.0.attn_out", "cosine"),
         replace(law, status=Status.PRINTED),
-        expected=leading_cosine,
+        expected=best_theory,
         asserts=("cosine of attn_out",),
         remark="Softmax adds to the diagonal of the kernel only: by e^(s^2) and a floor.",
     )
@@ -86,6 +87,8 @@ def claims(setting: Setting) -> Iterator[Claim]:
 
 
 def uniform_cosine(question: Question) -> Prediction:
-    """sqrt(n/m), with the finite-width terms of the place as its remainder."""
-    law = formula("cosine.uniform")
-    return Prediction(at(law, question), predict(question).remainder, Status.LEADING_ORDER, law)
+    """sqrt(n/m), with what the finite width changes at the place as its remainder."""
+    law, best = formula("cosine.uniform"), predict(question)
+    values = at(law, question)
+    dropped = np.abs(best.values - values) + best.remainder
+    return Prediction(values, dropped, Status.LEADING_ORDER, law)

@@ -1,14 +1,15 @@
 """Pointwise nonlinearities through their dual activations."""
 
 from collections.abc import Mapping
+from functools import cache
 
 import sympy as sp
 
 from nope.operations import Activate
-from theory.formulas.duals import DUALS
+from theory.formulas.duals import dual
 from theory.kernel import Fidelity, K, Rule, Traits
 from theory.rules import rule_for
-from theory.symbols import a, b, c, d, m, n
+from theory.symbols import a, b, c, d, m, maps, n
 
 
 @rule_for.register
@@ -21,26 +22,33 @@ def _(operation: Activate, traits: Mapping[str, Traits], fidelity: Fidelity) -> 
     2 maps/d, which an exact norm in front takes away.  Both enter as second differences.
     """
     before = traits[operation.inputs[0]]
-    dual = DUALS[operation.function]
-    rho, scale = c / sp.sqrt(a * b), sp.sqrt(a * b)
-    width = sp.sqrt(sp.Integer(before.maps) / d)
-    ways = [{c: scale * (rho + sign * (1 - rho**2) * width)} for sign in (1, -1)]
-    curvature = _second_difference(dual, ways)
-    common = [{x: x * (1 + sign * sp.sqrt(2) * width) for x in (a, b, c)} for sign in (1, -1)]
-    if not before.fixed_norm:
-        curvature += _second_difference(dual, common)
-    size = sp.sqrt(dual.subs({b: a, c: a}) * dual.subs({a: b, c: b}))
-    entries = {a: K(m, m), b: K(n, n), c: K(m, n)}
+    expression, remainder = _dual_and_remainder(operation.function, before.fixed_norm)
     return Rule(
         name=f"{operation.function}, dual activation",
         statement="A wide layer of units averages the product of two activated Gaussians.",
         sources=operation.inputs,
-        expression=dual.subs(entries, simultaneous=True),
+        expression=expression,
         assumption="Gaussian pre-activations",
-        source="Cho and Saul 2009 for ReLU; derived here for GELU",
-        remainder=(curvature / size).subs(entries, simultaneous=True),
+        source="Cho and Saul 2009 for ReLU, Williams 1997 for erf; derived here for the others",
+        remainder=remainder,
         traits=Traits(maps=before.maps),
     )
+
+
+@cache
+def _dual_and_remainder(function: str, fixed_norm: bool) -> tuple[sp.Expr, sp.Expr]:
+    """Both in K, the same for every layer."""
+    of = dual(function)
+    rho, scale = c / sp.sqrt(a * b), sp.sqrt(a * b)
+    width = sp.sqrt(maps / d)
+    ways = [{c: scale * (rho + sign * (1 - rho**2) * width)} for sign in (1, -1)]
+    curvature = _second_difference(of, ways)
+    common = [{x: x * (1 + sign * sp.sqrt(2) * width) for x in (a, b, c)} for sign in (1, -1)]
+    if not fixed_norm:
+        curvature += _second_difference(of, common)
+    size = sp.sqrt(of.subs({b: a, c: a}) * of.subs({a: b, c: b}))
+    entries = {a: K(m, m), b: K(n, n), c: K(m, n)}
+    return of.subs(entries, simultaneous=True), (curvature / size).subs(entries, simultaneous=True)
 
 
 def _second_difference(dual: sp.Expr, ways: list[dict[sp.Symbol, sp.Expr]]) -> sp.Expr:

@@ -9,7 +9,7 @@ from theory import symbols
 from theory.formulas.norm import shrinkage_remainder
 from theory.kernel import ZERO, Fidelity, K, Rule, Traits, X
 from theory.rules import rule_for
-from theory.symbols import d, m, n
+from theory.symbols import d, m, maps, n
 
 
 @rule_for.register
@@ -27,10 +27,10 @@ def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) ->
     kept = 1 - 1 / d if centring else sp.Integer(1)
     eps = symbols.eps if operation.eps else ZERO
     rho = K(m, n) / sp.sqrt(K(m, m) * K(n, n))
-    remainder = sp.Abs(rho) * (1 - rho**2) * before.maps / (2 * d)
+    remainder = sp.Abs(rho) * (1 - rho**2) * maps / (2 * d)
     if operation.eps:
         expression = kept * K(m, n) / sp.sqrt((kept * K(m, m) + eps) * (kept * K(n, n) + eps))
-        freedom = (d - 1 if centring else d) / before.maps
+        freedom = (d - 1 if centring else d) / maps
         remainder += sp.Abs(rho) * shrinkage_remainder(kept * K(m, m), eps, freedom)
     else:
         expression = rho

@@ -7,7 +7,7 @@ import sympy as sp
 from nope.operations import Add, Multiply
 from theory.kernel import Fidelity, J, K, Rule, Traits
 from theory.rules import rule_for
-from theory.symbols import d, m, n
+from theory.symbols import d, m, maps, n
 
 
 @rule_for.register
@@ -43,6 +43,6 @@ def _(operation: Multiply, traits: Mapping[str, Traits], fidelity: Fidelity) -> 
         expression=K(m, n) * J(m, n),
         assumption="W_gate and W_in independent; the input's empirical kernel near its mean",
         source="derived here, for the units of Shazeer 2020",
-        remainder=shared * sp.Integer(linear.maps) / d,
+        remainder=shared * maps / d,
         traits=Traits(maps=max(gate.maps, linear.maps)),
     )

@@ -192,6 +192,21 @@ class Mixing:
         return self.table(self.shorter.astype(int), variance)
 
     @cached_property
+    def own_growth(self) -> np.ndarray:
+        """f(m, s^2) of each query."""
+        return self.table(self.count.astype(int), self.own_variance)
+
+    @cached_property
+    def own_beyond(self) -> np.ndarray:
+        """f less its first order, of each query."""
+        return np.asarray(self.own_growth - self.own_variance * (1 - 1 / self.count))
+
+    @cached_property
+    def tilt_growth(self) -> np.ndarray:
+        """B_off over its first order, of each query."""
+        return outputs.tilt_growth(self.table, self.count.astype(int), self.own_variance)
+
+    @cached_property
     def fluctuation(self) -> np.ndarray:
         """What the fluctuation of the empirical kernel adds, to first order in s^2 and 1/d.
 
@@ -228,13 +243,11 @@ def _first_order(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray | f
 def _any_temperature(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
     """The same with the exchangeable part at any s, and the fluctuation of the participation."""
     variance, r = mixing.variance, np.clip(mixing.correlation, 0.0, 1.0)
-    positions = mixing.shorter.astype(int)
     beyond = mixing.growth(variance) - mixing.linear(variance)
-    floor = mixing.fluctuation * outputs.tilt_growth(mixing.table, positions, variance)
+    floor = mixing.fluctuation * (1 + r * mixing.over_shorter(mixing.tilt_growth - 1))
     kernel = mixing.uniform + mixing.change + mixing.overlap * beyond + floor
-    between = mixing.growth(mixing.largest_variance) - mixing.linear(mixing.largest_variance)
     dropped = (
-        r * (1 - r) / 2 * mixing.overlap * between
+        r * (1 - r) / 2 * mixing.overlap * mixing.over_shorter(mixing.own_beyond)
         + mixing.largest_variance * np.abs(mixing.unexchangeable)
         + _lost(mixing)
     )
@@ -261,7 +274,7 @@ def _excess(mixing: Mixing, kernel: np.ndarray) -> np.ndarray:
         mixing.table.relative_variance(positions, mixing.own_variance),
         mixing.n_heads,
     )
-    participation = (1 + mixing.table(positions, mixing.own_variance)) / mixing.count
+    participation = (1 + mixing.own_growth) / mixing.count
     share = mixing.value_spread * participation / np.diagonal(kernel)
     r = np.clip(mixing.correlation, 0.0, 1.0)
     delta = delta * share**2
