@@ -197,6 +197,8 @@ OF_VARIANCE: Mapping[str, Callable[[float], WeightLaw]] = {
 class Scheme(Protocol):
     """An initialisation: the law of each weight of an architecture."""
 
+    def __hash__(self) -> int: ...
+
     def law(self, weight: Weight, architecture: Architecture) -> WeightLaw:
         """The law of `weight` in `architecture`."""
 

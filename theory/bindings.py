@@ -79,7 +79,8 @@ def _own(operation: Operation, architecture: Architecture, init: Scheme) -> dict
         case Scores(d_head=d_head):
             values |= {"d_h": d_head, "H": architecture.d_model // d_head}
         case Mix(inputs=(_, source)):
-            heads = architecture.places()[source].n_heads
+            of_values = architecture.places()[source]
+            heads = (of_values.n_heads if isinstance(of_values, Linear) else None) or 1
             values |= {"d_h": architecture.d_model // heads, "H": heads}
         case _:
             pass

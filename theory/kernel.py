@@ -80,8 +80,8 @@ class Rule:
     `expression` is in K (and J, Q), m and n; `sources` names the places they stand for;
     `remainder` estimates what the rule drops, relative to sqrt(K_mm K_nn) of its result, and
     is 0 where it is exact; `carried` says whether remainders of the sources add up or are
-    shared by the parts of the sources in the result.  `algorithm` computes the expression where compiling it would cost too much.
-    `excess` is what the operation itself brings of `X`.
+    shared by the parts of the sources in the result.  `algorithm` computes the expression where
+    compiling it would cost too much.  `excess` is what the operation itself brings of `X`.
     """
 
     name: str

@@ -40,12 +40,12 @@ class InverseRootParticipation(SoftmaxMean):
 
     @staticmethod
     def uniform(positions: np.ndarray) -> np.ndarray:
-        return np.sqrt(positions)
+        return np.asarray(np.sqrt(positions))
 
     @classmethod
     def integrated(cls, positions: np.ndarray, transforms: Transforms) -> np.ndarray:
         doubled = Transforms(2 * transforms.s, positions.max())
-        return doubled.integral(positions, 1, doubled.moment(0.5)) / np.sqrt(np.pi)
+        return np.asarray(doubled.integral(positions, 1, doubled.moment(0.5)) / np.sqrt(np.pi))
 
 
 class SharedTiltSlope(SoftmaxMean):
@@ -119,7 +119,7 @@ def root_bias(table: ParticipationTable, positions: Any, variances: Any) -> np.n
 
 def tilt_growth(table: ParticipationTable, positions: Any, variances: Any) -> np.ndarray:
     """B_off/s^2 over its value at s = 0, from a table."""
-    return np.exp(table.logarithm(SharedTiltSlope, positions, variances))
+    return np.asarray(np.exp(table.logarithm(SharedTiltSlope, positions, variances)))
 
 
 def shared_norm(position: sp.Expr) -> sp.Expr:

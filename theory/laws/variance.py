@@ -214,4 +214,4 @@ def cdf_effect(order: int) -> float:
     hermite = np.polynomial.hermite_e.HermiteE.basis(2 * order - 1)
     zeros = np.polynomial.hermite_e.HermiteE.basis(2 * order).roots()
     density = np.exp(-np.square(zeros) / 2) / np.sqrt(2 * np.pi)
-    return float(np.abs(hermite(zeros) * density).max()) / 2**order / math.factorial(order)
+    return float(np.abs(hermite(zeros) * density).max() / 2**order / math.factorial(order))

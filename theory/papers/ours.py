@@ -13,7 +13,7 @@ from theory.symmetry import theorem
 GPT2_EPS = 1e-5
 
 SHARE = 0.05
-"""A theorem of every draw is judged on the share of exceptions: none in log(1/alpha)/SHARE draws."""
+"""A theorem of every draw is judged on its share of exceptions: none in log(1/alpha)/SHARE."""
 
 
 def claims(setting: Setting) -> Iterator[Claim]:

@@ -44,7 +44,10 @@ def _(operation: Scores, traits: Mapping[str, Traits], fidelity: Fidelity) -> Ru
         assumption="W_Q and W_K independent; |e_m|^2 constant",
         source="chi2023 Lemma 2, corrected",
         remainder=ZERO if exact else sp.Integer(2) * query.maps / d,
-        traits=Traits(kurtosis=3 + 6 / d_h if gaussian else None, query_key=operation.inputs[:2]),
+        traits=Traits(
+            kurtosis=3 + 6 / d_h if gaussian else None,
+            query_key=(operation.inputs[0], operation.inputs[1]),
+        ),
     )
 
 

@@ -119,11 +119,11 @@ class Mixing:
 
     @cached_property
     def shorter(self) -> np.ndarray:
-        return np.minimum.outer(self.count, self.count)
+        return np.asarray(np.minimum.outer(self.count, self.count))
 
     @cached_property
     def longer(self) -> np.ndarray:
-        return np.maximum.outer(self.count, self.count)
+        return np.asarray(np.maximum.outer(self.count, self.count))
 
     @cached_property
     def uniform(self) -> np.ndarray:
@@ -142,7 +142,7 @@ class Mixing:
     @cached_property
     def correlation(self) -> np.ndarray:
         """r of two queries."""
-        return np.divide(
+        return np.asarray(np.divide()
             self.queries, self.size, out=np.zeros_like(self.queries), where=self.size > 0
         )
 
@@ -152,7 +152,7 @@ class Mixing:
 
     @cached_property
     def key_spread(self) -> np.ndarray:
-        return np.maximum(spread_over_prefix(self.keys), 0.0)
+        return np.asarray(np.maximum(spread_over_prefix(self.keys), 0.0))
 
     def over_shorter(self, by_position: np.ndarray) -> np.ndarray:
         """The entry of the shorter of the two prefixes."""
@@ -171,7 +171,7 @@ class Mixing:
     @cached_property
     def variance(self) -> np.ndarray:
         """s^2 that two queries share."""
-        return self.largest_variance * np.clip(self.correlation, 0.0, 1.0)
+        return np.asarray(self.largest_variance * np.clip(self.correlation, 0.0, 1.0))
 
     @cached_property
     def own_variance(self) -> np.ndarray:
@@ -229,7 +229,7 @@ class Mixing:
 
     @cached_property
     def signed_variance(self) -> np.ndarray:
-        return self.largest_variance * self.correlation
+        return np.asarray(self.largest_variance * self.correlation)
 
 
 def _first_order(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
