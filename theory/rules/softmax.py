@@ -142,9 +142,8 @@ class Mixing:
     @cached_property
     def correlation(self) -> np.ndarray:
         """r of two queries."""
-        return np.asarray(np.divide()
-            self.queries, self.size, out=np.zeros_like(self.queries), where=self.size > 0
-        )
+        nothing = np.zeros_like(self.queries)
+        return np.asarray(np.divide(self.queries, self.size, out=nothing, where=self.size > 0))
 
     @cached_property
     def value_spread(self) -> np.ndarray:
