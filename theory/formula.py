@@ -20,7 +20,6 @@ from functools import cache, cached_property, reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import scipy.special
 import sympy as sp
 from sympy.printing.numpy import SciPyPrinter
 
@@ -103,9 +102,11 @@ def hypergeometric(a: Any, b: Any, c: Any, z: Any) -> Any:
 
     There, with a = b = 1/2, the terms fall like k!/c^k: `SERIES_TERMS` of them are exact.
     """
+    from scipy.special import hyp2f1  # most of the time that importing all of this would take
+
     arrays = np.broadcast_arrays(*(np.asarray(x, dtype=float) for x in (a, b, c, z)))
     with np.errstate(all="ignore"):
-        values = np.atleast_1d(scipy.special.hyp2f1(*arrays))
+        values = np.atleast_1d(hyp2f1(*arrays))
     missing = ~np.isfinite(values)
     a, b, c, z = (np.atleast_1d(array)[missing] for array in arrays)
     term = total = np.ones(len(z))

@@ -188,9 +188,10 @@ class KernelValues:
 
     def _share(self, place: str, rule: Rule, view: View) -> np.ndarray:
         """The stream's part of sqrt(K_mm K_nn) of its sum with a branch."""
-        stream, (left, right) = rule.sources[0], (("mm", "nn") if view == "mn" else (view, view))
-        parts = (self.kernel(stream, side) / self.kernel(place, side) for side in (left, right))
-        return np.asarray(np.sqrt(next(parts) * next(parts)))
+        stream = rule.sources[0]
+        sides: tuple[View, View] = ("mm", "nn") if view == "mn" else (view, view)
+        left, right = (self.kernel(stream, side) / self.kernel(place, side) for side in sides)
+        return np.asarray(np.sqrt(left * right))
 
     # ------------------------------------------------------------------- evaluation
 

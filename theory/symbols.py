@@ -150,6 +150,10 @@ M_j2 = _register(
     "M_j2", "sum over i of M_ji^2, M = W_O W_V", NON_NEGATIVE, latex=r"\sum_i M_{ji}^{2}"
 )
 
+tolerance = _register(
+    "tolerance", "half-width of a band, as a fraction of its scale", POSITIVE, latex=r"\tau"
+)
+
 WEIGHT_STD = {
     "query": sigma_q,
     "key": sigma_k,

@@ -308,7 +308,7 @@ def test_identity_is_the_covariance():
     assert theory.formula("dual.identity").expr == c
 
 
-@pytest.mark.parametrize("name", ["relu", "gelu"])
+@pytest.mark.parametrize("name", ["relu", "gelu", "erf"])
 def test_a_dual_is_symmetric(name):
     """Exchanging X and Y changes nothing."""
     expr = theory.formula(f"dual.{name}").expr
@@ -322,7 +322,7 @@ def test_relu_survives_rounding_at_the_edge(rho):
     assert abs(found - (0.5 if rho > 0 else 0.0)) <= 4 * 2**-52
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "identity"])
+@pytest.mark.parametrize("activation", DUALS)
 def test_an_mlp_of_known_pre_activations(activation):
     """E phi(x)^2 at mlp.post for x ~ N(0, d sigma^2), by quadrature, to nine digits."""
     width, std = 16, 0.3

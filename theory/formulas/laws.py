@@ -100,7 +100,6 @@ INVERSES: Mapping[str, sp.Expr] = {
     "identity": x,
     "relu": x,
     "tanh": sp.atanh(x),
-    "erf": sp.erfinv(x),
 }
 """The inverses, where one function has them in closed form, of the activations."""
 

@@ -44,7 +44,7 @@ class InverseRootParticipation(SoftmaxMean):
 
     @classmethod
     def integrated(cls, positions: np.ndarray, transforms: Transforms) -> np.ndarray:
-        doubled = Transforms(2 * transforms.s, positions.max())
+        doubled = Transforms(2 * transforms.s, positions.max(), least=0.5)
         return np.asarray(doubled.integral(positions, 1, doubled.moment(0.5)) / np.sqrt(np.pi))
 
 
@@ -122,6 +122,26 @@ def tilt_growth(table: ParticipationTable, positions: Any, variances: Any) -> np
     return np.asarray(np.exp(table.logarithm(SharedTiltSlope, positions, variances)))
 
 
+def width_coefficient(fixed_norm: bool) -> sp.Rational:
+    """What a finite width d adds to ln m A, over (ln m A)^2/d: -5/2 for keys of fixed norm, else 1.
+
+    Given the query, a logit is |w| <w/|w|, e_n>: |w|^2 has a relative variance of 2/d and a
+    coordinate of a sphere an excess kurtosis of -6/d, a Gaussian one none.  In a long prefix
+    ln m A is kappa(2) - 2 kappa(1), kappa the cumulant generating function, s^2 to leading
+    order; it is read off ln m A itself, which saturates where attention condenses.
+    """
+    theta = sp.Symbol("theta")
+    kurtosis, spread = (-6 if fixed_norm else 0), 2
+    kappa = kurtosis * theta**4 / 24
+    return kappa.subs(theta, 2) - 2 * kappa.subs(theta, 1) + sp.Rational(spread, 2)
+
+
+def participation(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
+    """E sum_n a_mn^2 of a real layer: heads of width d_h, keys of `freedom` dimensions."""
+    A = ParticipationFiniteHead(m, spread, d_h)
+    return A * sp.exp(width_coefficient(fixed_norm) * sp.log(m * A) ** 2 / freedom)
+
+
 def shared_norm(position: sp.Expr) -> sp.Expr:
     """h(m) = (m - 1)(m - 2)/m^2: what keys of fixed norm take from pairs of queries, over s^2/d."""
     return (position - 1) * (position - 2) / position**2
@@ -129,7 +149,7 @@ def shared_norm(position: sp.Expr) -> sp.Expr:
 
 def second_moment(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
     """E|o_m|^2 over that of one value: A + B_off/d, or ((d - 1) A + B)/d where norms fluctuate."""
-    A = ParticipationFiniteHead(m, spread, d_h)
+    A = participation(spread, freedom, fixed_norm)
     if fixed_norm:
         return A + SharedTiltFiniteHead(m, spread, d_h) / freedom
     return ((d - 1) * A + TiltFiniteHead(m, spread, d_h)) / d
@@ -146,8 +166,7 @@ def overlap(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
 
 def excess(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
     """E cos over the cosine of the kernel, less 1, of two outputs with independent queries."""
-    A = ParticipationFiniteHead(m, spread, d_h)
-    share = A / second_moment(spread, freedom, fixed_norm)
+    share = participation(spread, freedom, fixed_norm) / second_moment(spread, freedom, fixed_norm)
     of_one = RootBias(m, spread, d_h, H) * share**2
     return of_one + of_one.subs(m, n)
 

@@ -86,7 +86,7 @@ class ScaleMixture(Parametrised):
         law = self.variance
         chosen = random_state.choice(len(law.values), size=size, p=law.weights / law.weights.sum())
         normal = np.sqrt(law.values[chosen]) * random_state.standard_normal(size)
-        return np.where(random_state.random_sample(size) < law.at_zero, 0.0, normal)
+        return np.where(random_state.uniform(size=size) < law.at_zero, 0.0, normal)
 
 
 class VarianceGamma(ScaleMixture):

@@ -19,7 +19,7 @@ from scipy.optimize import brentq
 from theory.formula import compile_number_form
 from theory.formulas.mehler import half_line
 from theory.laws.scale_mixtures import Parametrised, centred
-from theory.laws.variance import RandomVariance, gaussian_power
+from theory.laws.variance import GAUSS, RandomVariance, gaussian_power
 from theory.symbols import x
 
 FAR = 1024.0
@@ -94,7 +94,8 @@ _CUBIC = sp.sqrt(2 / sp.pi) * (x + sp.Rational(44715, 1000000) * x**3)
 ACTIVATIONS: Mapping[str, Activation] = {
     "identity": Activation(x),
     "relu": Activation(sp.Max(0, x), near=0.0),
-    "gelu": Activation(x * sp.erfc(-x / sp.sqrt(2)) / 2, near=-0.75),
+    # SymPy would make this 2 - erfc(x/sqrt(2)), which cancels on the left.
+    "gelu": Activation(x * sp.erfc(-x / sp.sqrt(2), evaluate=False) / 2, near=-0.75),
     "gelu_tanh": Activation(x / (1 + sp.exp(-2 * _CUBIC)), near=-0.75),
     "silu": Activation(x / (1 + sp.exp(-x)), near=-1.28),
     "tanh": Activation(sp.tanh(x), ends=(-1.0, 1.0)),
@@ -110,11 +111,15 @@ class Transformed(Parametrised):
     function: str
 
     def __init__(self, variance: RandomVariance, function: str, **options: Any) -> None:
-        self._gaussian, self._phi = centred(variance), ACTIVATIONS[function]
-        low, high = self._phi.support
+        self._gaussian = centred(variance)
+        low, high = ACTIVATIONS[function].support
         # SciPy takes a CDF for 0 at the lower end itself, where a ReLU has its atom.
         ends = {"a": np.nextafter(low, -np.inf) if function == "relu" else low, "b": high}
         super().__init__({"variance": variance, "function": function}, **{**ends, **options})
+
+    @property
+    def _phi(self) -> Activation:
+        return ACTIVATIONS[self.function]
 
     def _pdf(self, x: np.ndarray) -> np.ndarray:
         risen = self._density_at(self._phi.risen(x), x)
@@ -156,7 +161,7 @@ class Transformed(Parametrised):
         def excess(y: float) -> float:
             return float(self._cdf(np.array([y]))[0] - q)
 
-        return float(brentq(excess, low, 0.0, xtol=1e-16))
+        return float(brentq(excess, low, 0.0, xtol=1e-300, maxiter=2000))
 
     def _munp(self, n: int) -> float:
         return float(gaussian_power(self._phi, self.variance.values, n) @ self.variance.weights)
@@ -171,6 +176,7 @@ def gated_variance(variance: RandomVariance, function: str) -> RandomVariance:
     A ReLU's gate is closed half of the time: V is 0.
     """
     phi, (z, weights) = ACTIVATIONS[function], half_line()
+    variance = variance.compressed(largest=GAUSS[0])
     opened = phi(np.sqrt(variance.values)[:, None] * np.concatenate([-z, z]))
     values = (variance.values[:, None] * opened**2).ravel()
     shares = np.outer(variance.weights, np.concatenate([weights, weights]) / 2).ravel()

@@ -288,7 +288,7 @@ class Units:
         name = f"{self.function} of a {mixture_family(self.variance).name}"
         numbers = Transformed(self.variance, self.function)
         atoms = {0.0: 0.5} if self.function == "relu" else {}
-        reason = f"{self.function} has no inverse in closed form"
+        reason = f"{self.function} has no inverse in elementary functions"
         if self.variance.freedom != np.inf:
             reason = "only that of a Gaussian is kept in symbols"
         elif self.function in laws.INVERSES:

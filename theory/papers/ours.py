@@ -1,15 +1,31 @@
-"""Results of this project that no paper prints."""
+"""Results of this project that no paper prints, each held against real layers.
+
+Claims on one layer are asked at the sizes of the setting.  Stacks, tokens and schemes are asked at
+small sizes of their own (`Small`), so that a run stays short: what they claim is the calculus,
+at any size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+import nope
+from nope.architecture import Architecture
+from nope.init import Scheme
+from nope.layers import Attention, Residual, Sequence
+from nope.questions import Question
 from theory.claims import Claim, Setting, best_theory
 from theory.formula import Status
 from theory.formulas import formula
+from theory.predict import position_arrays, predict
 from theory.relations import Identical
 from theory.symmetry import theorem
 
+SOURCE = "derived here"
 GPT2_EPS = 1e-5
 
 SHARE = 0.05
@@ -17,11 +33,49 @@ SHARE = 0.05
 
 
 def claims(setting: Setting) -> Iterator[Claim]:
-    """Our own statements at the sizes of `setting`."""
+    """Our own statements, one layer at the sizes of `setting`."""
+    yield from _one_layer(setting)
+    small = Small.of(setting)
+    yield from _stacks(small)
+    yield from _depth(small)
+    yield from _tokens(small)
+    yield from _schemes(small)
+    yield from _symmetries(small)
+
+
+@dataclass(frozen=True)
+class Small:
+    """Sizes at which stacks of layers are drawn in a moment, and no larger than the setting's."""
+
+    d_model: int
+    n_heads: int
+    n_ctx: int
+
+    @classmethod
+    def of(cls, setting: Setting) -> Small:
+        width = min(setting.d_model, 128)
+        heads = next(h for h in (4, 3, 2, 1) if width % h == 0)
+        return cls(width, heads, min(setting.n_ctx, 32))
+
+    @property
+    def hot(self) -> Scheme:
+        """Weights whose scaled logits have variance s^2 = 1."""
+        return nope.init.normal(self.d_model**-0.5)
+
+    def decoder(self, **changes: Any) -> Architecture:
+        """A decoder of these sizes, two layers unless told otherwise."""
+        options: dict[str, Any] = {"n_layers": 2, "n_ctx": self.n_ctx, **changes}
+        return nope.decoder(self.d_model, self.n_heads, **options)
+
+
+# ---------------------------------------------------------------------------- one layer
+
+
+def _one_layer(setting: Setting) -> Iterator[Claim]:
     yield Claim(
         "ours.layernorm.eps",
         "GPT-2's eps of 1e-5 shrinks a LayerNorm output's second moment to v/(v + eps).",
-        "derived here",
+        SOURCE,
         Status.LEADING_ORDER,
         setting.question("blocks.0.ln1", "second_moment", eps=GPT2_EPS),
         formula("layernorm.shrinkage"),
@@ -30,42 +84,230 @@ def claims(setting: Setting) -> Iterator[Claim]:
         asserts=("second moment of ln1 with eps",),
         remark="Against token_std 0.02 the shrinkage is 2.4%, and 4.8% for a logit's variance.",
     )
-    yield from _symmetries(setting)
-
-
-def _symmetries(setting: Setting) -> Iterator[Claim]:
-    """What permuting or equating the inputs does; short and without MLPs, which are pointwise."""
-    short = {"n_ctx": min(setting.n_ctx, 32), "d_ff": 0}
-    two = {**short, "n_layers": 2}
     asked = {
-        "past_permutation": (
-            "One causal layer's last output does not see the order of its past.",
-            setting.question("ln_final", "past_permutation", **short),
+        "participation": (
+            "A softmax over Gaussian logits has the participation A(m, s), averaged over |q|^2.",
+            setting.question("blocks.0.attn.pattern", "participation"),
         ),
-        "past_permutation.two_layers": (
-            "Two causal layers do not see it either.",
-            setting.question("blocks.1.attn_out", "past_permutation", **two),
+        "output": (
+            "The output's variance is g (A + B_off/d): inflated by e^(s^2), with a floor g s^2/d.",
+            setting.question("blocks.0.attn_out", "second_moment"),
         ),
-        "permutation": (
-            "Without a mask the whole network is permutation-equivariant.",
-            setting.question("ln_final", "permutation", causal=False, **two),
+        "cosine": (
+            "Outputs at m and n have the cosine of their kernel, and more: queries differ.",
+            setting.question("blocks.0.attn_out", "cosine"),
         ),
-        "equal_tokens": (
-            "The mask alone says nothing: where all tokens are equal, all positions are.",
-            setting.question("ln_final", "equal_tokens", **two),
+        "residual.cosine": (
+            "The stream after attention has the cosine of tokens plus outputs.",
+            setting.question("blocks.0.resid_mid", "cosine"),
         ),
     }
     for name, (statement, question) in asked.items():
+        yield _calculus(name, statement, question)
+
+
+def _calculus(name: str, statement: str, question: Question, **options: Any) -> Claim:
+    """A claim of the kernel calculus at its best fidelity."""
+    return Claim(
+        f"ours.{name}",
+        statement,
+        SOURCE,
+        Status.LEADING_ORDER,
+        question,
+        predict,
+        expected=best_theory,
+        asserts=(f"{question.observable} of {question.place}",),
+        **options,
+    )
+
+
+# ------------------------------------------------------------------------------- stacks
+
+STACKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "gelu": ("Four pre-LN blocks with GELU", {"n_layers": 4}),
+    "post": ("Two post-LN blocks with ReLU", {"norm_position": "post", "activation": "relu"}),
+    "rmsnorm": ("Two pre-RMSNorm blocks with SiLU", {"norm": "rmsnorm", "activation": "silu"}),
+    "swiglu": ("Two pre-LN blocks with a SwiGLU", {"activation": "swiglu"}),
+    "scaled": (
+        "Two pre-LN blocks with tanh, each branch halved",
+        {"activation": "tanh", "residual_scale": 0.5},
+    ),
+    "one_head": ("Two pre-LN blocks with one head and GELU", {"n_heads": 1}),
+}
+"""What a stack is called, what it is, and how it differs from two blocks with GELU."""
+
+
+def _stacks(small: Small) -> Iterator[Claim]:
+    """Softmax at s = 1, MLPs and norms: the kernel recursion at any temperature."""
+    for name, (words, changes) in STACKS.items():
+        options = {**changes}
+        heads = options.pop("n_heads", small.n_heads)
+        sizes = Small(small.d_model, heads, small.n_ctx)
+        architecture = sizes.decoder(**options)
+        last = architecture.operations[-1].place
+        place = last if last != "ln_final" else architecture.operations[-2].place
+        for observable in ("second_moment", "adjacent_cosine"):
+            if observable == "second_moment" and options.get("norm_position") == "post":
+                continue  # after a LayerNorm it is 1
+            what = observable.replace("_", " ")
+            yield _calculus(
+                f"stack.{name}.{observable}",
+                f"{words}, at s = 1: the {what} follows the kernel recursion.",
+                Question(architecture, sizes.hot, place, observable),
+            )
+
+
+# -------------------------------------------------------------------------------- depth
+
+LAYERS = 2
+
+
+def _depth(small: Small) -> Iterator[Claim]:
+    """Attention-only stacks of uniform attention: powers of the Cesaro matrix."""
+    attention = [Attention(small.n_heads, "uniform", name=f"attn{k}") for k in range(LAYERS)]
+    residual = [Residual(layer, f"sum{k}") for k, layer in enumerate(attention)]
+    tokens = nope.GaussianTokens(1.0)
+    init = nope.init.normal(small.d_model**-0.5)
+    bodies = {
+        "depth.stack": (
+            "Without norm and residual the kernel is that of Cesaro means of Cesaro means.",
+            Sequence(tuple(attention)),
+            f"attn{LAYERS - 1}_out",
+            "depth.stack_kernel",
+        ),
+        "depth.residual": (
+            "With residuals and random values it is the binomial mixture of those kernels.",
+            Sequence(tuple(residual)),
+            f"sum{LAYERS - 1}",
+            "depth.random_value_kernel",
+        ),
+    }
+    for name, (statement, body, place, law) in bodies.items():
+        architecture = Architecture(small.d_model, small.n_ctx, tokens, body)
         yield Claim(
             f"ours.{name}",
             statement,
-            "derived here",
+            SOURCE,
             Status.EXACT,
-            question,
+            Question(architecture, init, place, "kernel"),
+            lambda question, law=law: _stack_kernel(question, law),
+            expected=best_theory,
+            assumes=("uniform attention", "no norm"),
+            asserts=(f"kernel of {place}",),
+        )
+
+
+def _stack_kernel(question: Question, law: str) -> np.ndarray:
+    """A depth formula at unit gain per layer and unit tokens."""
+    left, right = position_arrays(question)
+    known = {"m": left, "n": right, "ell": LAYERS, "g": 1.0}
+    found = formula(law)
+    return np.asarray(found(**{name: known[name] for name in found.symbols}))
+
+
+# ------------------------------------------------------------------------------- tokens
+
+
+def _tokens(small: Small) -> Iterator[Claim]:
+    """Tokens that repeat correlate positions."""
+    kinds: Mapping[str, tuple[str, nope.tokens.Tokens]] = {
+        "zipf": (
+            "Rows of a table under Zipf's law: a constant p_2 is added to every kernel.",
+            nope.EmbeddingTokens(64, exponent=1.0),
+        ),
+        "text": (
+            "Bytes of the Python documentation: the measured repetition enters every kernel.",
+            nope.TextTokens(),
+        ),
+        "bos": (
+            "A first token of its own, and a uniform vocabulary behind it.",
+            nope.WithBos(nope.EmbeddingTokens(16)),
+        ),
+    }
+    for name, (statement, tokens) in kinds.items():
+        architecture = small.decoder(n_layers=1, attention="uniform", d_ff=0, tokens=tokens)
+        yield _calculus(
+            f"tokens.{name}",
+            statement,
+            Question(architecture, small.hot, "blocks.0.attn_out", "kernel"),
+        )
+
+
+# ------------------------------------------------------------------------------ schemes
+
+SCHEMES: Mapping[str, Scheme] = {
+    "xavier_normal": nope.init.xavier_normal(),
+    "kaiming_uniform": nope.init.kaiming_uniform(),
+    "lecun_normal": nope.init.lecun_normal(),
+    "truncated_normal": nope.init.truncated_normal(0.1),
+    "orthogonal": nope.init.orthogonal(),
+    "mup": nope.init.mup(0.1),
+    "torch_default": nope.init.torch_default(),
+}
+
+
+def _schemes(small: Small) -> Iterator[Claim]:
+    """The variance per weight is what the leading order needs."""
+    for name, scheme in SCHEMES.items():
+        architecture = small.decoder(n_layers=1, activation="relu", bias=name == "torch_default")
+        yield _calculus(
+            f"init.{name}",
+            f"Under {name} one block's variance follows from the variance of each weight.",
+            Question(architecture, scheme, "blocks.0.resid_post", "second_moment"),
+        )
+    logits = Question(
+        small.decoder(n_layers=1), nope.init.orthogonal(), "blocks.0.attn.scores", "kurtosis"
+    )
+    yield Claim(
+        "ours.init.orthogonal.kurtosis",
+        "Haar queries and keys have logits of kurtosis (3 + 6/d_h)(d/(d + 2))^2.",
+        f"{SOURCE} by Weingarten calculus",
+        Status.EXACT,
+        logits,
+        formula("orthogonal.logit_kurtosis"),
+        asserts=("kurtosis of scores",),
+    )
+
+
+# --------------------------------------------------------------------------- symmetries
+
+
+def _symmetries(small: Small) -> Iterator[Claim]:
+    """What permuting or equating the inputs does; without MLPs, which are pointwise."""
+
+    def question(place: str, observable: str, **changes: Any) -> Question:
+        return Question(small.decoder(d_ff=0, **changes), small.hot, place, observable)
+
+    asked = {
+        "past_permutation": (
+            "One causal layer's last output does not see the order of its past.",
+            question("ln_final", "past_permutation", n_layers=1),
+        ),
+        "past_permutation.two_layers": (
+            "Two causal layers do not see it either.",
+            question("blocks.1.attn_out", "past_permutation"),
+        ),
+        "permutation": (
+            "Without a mask the whole network is permutation-equivariant.",
+            question("ln_final", "permutation", causal=False),
+        ),
+        "equal_tokens": (
+            "The mask alone says nothing: where all tokens are equal, all positions are.",
+            question("ln_final", "equal_tokens"),
+        ),
+    }
+    for name, (statement, asks) in asked.items():
+        yield Claim(
+            f"ours.{name}",
+            statement,
+            SOURCE,
+            Status.EXACT,
+            asks,
             0.0,
             relation=Identical(),
             band=SHARE,
             expected=best_theory,
-            asserts=(f"{question.observable} at {question.place}",),
-            remark=f"{theorem(question).reason}.",
+            asserts=(f"{asks.observable} at {asks.place}",),
+            remark=f"{theorem(asks).reason}.",
         )
+

@@ -188,12 +188,15 @@ class Mixing:
 
     def growth(self, variance: np.ndarray) -> np.ndarray:
         """f(m, s^2) over the shorter prefix."""
-        return self.table(self.shorter.astype(int), variance)
+        return self._widened(self.table(self.shorter.astype(int), variance))
+
+    def _widened(self, growth: np.ndarray) -> np.ndarray:
+        return widened(growth, self.normalised, self.maps / self.freedom)
 
     @cached_property
     def own_growth(self) -> np.ndarray:
         """f(m, s^2) of each query."""
-        return self.table(self.count.astype(int), self.own_variance)
+        return self._widened(self.table(self.count.astype(int), self.own_variance))
 
     @cached_property
     def own_beyond(self) -> np.ndarray:
@@ -440,14 +443,25 @@ class Growth:
         return np.asarray(function(count, variance, symbols["d"]))
 
 
+@dataclass(frozen=True)
 class TabulatedGrowth(Growth):
     """m P(m, s, d_h), whose numbers come from a table: every position has an s of its own."""
+
+    before: Traits
 
     def numbers(
         self, count: np.ndarray, variance: np.ndarray, symbols: Mapping[str, float]
     ) -> np.ndarray:
         table = covering_table(len(count), float(variance.max()), symbols["d_h"])
-        return 1 + table(count.astype(int), variance)
+        freedom = max(symbols["d"] - self.before.centred, 1.0)
+        growth = table(count.astype(int), variance)
+        return 1 + widened(growth, self.before.fixed_norm, (self.before.maps - 1) / freedom)
+
+
+def widened(growth: np.ndarray, fixed_norm: bool, inverse_width: float) -> np.ndarray:
+    """f of keys whose empirical kernel fluctuates: ln(1 + f) and its square, as in `outputs`."""
+    factor = float(outputs.width_coefficient(fixed_norm)) * inverse_width
+    return np.asarray(np.expm1(np.log1p(growth) + factor * np.log1p(growth) ** 2))
 
 
 def covering_table(n_ctx: int, variance: float, d_h: float) -> law.ParticipationTable:
@@ -464,7 +478,13 @@ def first_order_pattern(operation: Operation, traits: Mapping[str, Traits]) -> R
 
 
 def pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
-    """A/m at any temperature; keys share 1/d of their logits' variance by chance."""
-    grown = TabulatedGrowth(lambda s2: m * law.ParticipationFiniteHead(m, sp.sqrt(s2), d_h))
-    lost = Growth(lambda s2: s2**2 / d * (1 - 1 / m))
+    """A/m at any temperature; the term of order 1/d is that of a long prefix."""
+    before = traits[_query_key(traits[operation.inputs[0]])[1]]
+    freedom = (d - 1 if before.centred else d) / sp.Integer(before.maps - 1)
+
+    def participation(s2: sp.Expr) -> sp.Expr:
+        return m * outputs.participation(sp.sqrt(s2), freedom, before.fixed_norm)
+
+    grown = TabulatedGrowth(participation, before)
+    lost = Growth(lambda s2: (2 * s2 / freedom) ** 2 + s2**2 / freedom / m)
     return _pattern(operation, traits, "at any temperature", grown, lost)
