@@ -28,6 +28,7 @@ from theory import symmetry
 from theory.bindings import bindings, local_bindings
 from theory.derivation import Derivation, Step, derive
 from theory.formula import Formula, Status, compile_number_form
+from theory.formulas import formula
 from theory.formulas.cosine import adjacency_score, expansion_bound, leading_bias
 from theory.kernel import Fidelity, Rule, Traits
 from theory.propagation import KernelValues, all_pairs, at_pairs
@@ -144,6 +145,8 @@ def predict(question: Question, fidelity: Asked = "best") -> Prediction:
     if question.kind.transform is not None:
         share = np.full(question.shape, symmetry.share_broken(question))
         return Prediction(share, np.zeros(question.shape), Status.EXACT)
+    if question.observable == "cdf":
+        return _shares(question)
     if question.given is not None:
         raise NotImplementedError(
             "expected a question over random weights: the kernel calculus averages over them; "
@@ -152,6 +155,15 @@ def predict(question: Question, fidelity: Asked = "best") -> Prediction:
     if fidelity != "best":
         return _Predictor(question, fidelity).answer()
     return _best(question)
+
+
+def _shares(question: Question) -> Prediction:
+    """The share of coordinates at or below each point, from the coordinate's law."""
+    from theory.laws import law
+
+    found = law(question)
+    remainder = np.full(question.shape, found.remainder)
+    return Prediction(found.cdf(np.array(question.points)), remainder, found.status)
 
 
 def _best(question: Question) -> Prediction:
@@ -274,12 +286,15 @@ class _Predictor:
         return rho, np.where(same, 0.0, self.values.remainder)
 
     def _cosine(self) -> tuple[Any, Any]:
-        """E cos: the kernel's, its excess, and rho (1 - rho^2)/(2d) less per random map.
+        """E cos: exact for Gaussian vectors, else the kernel's, its excess, and (1 - rho^2)/(2d) of
+        it less per random map.
 
         The remainder adds the excess's next order, 4/3 of its square, and half a map: how much
         of one a map over normed tokens is depends on the position.
         """
         rho, own = self._kernel_cosine()
+        if self.traits.isotropic and not own.any():
+            return formula("cosine.gaussian_pair")(rho=rho, d=self.symbols["d"]), own
         maps = max(self.traits.maps, 1)
         width, excess = self.symbols["d"] / maps, self.values.excess
         bias = leading_bias(rho, width)

@@ -6,6 +6,7 @@ region that it must lie in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -168,6 +169,33 @@ class Ordered:
 
     def words(self, tolerance: float, scale: str, remainder: float) -> str:
         return "rising at every step towards the query, with no tolerance"
+
+
+@dataclass(frozen=True)
+class Rate(Equals):
+    """The gap to infinite width is the predicted one: the tolerance multiplies the gap.
+
+    `limit` is the formula without the gap, `power` the p of d^-p.  Right at widths d_1 < d_2 within
+    a share t of the gap, the measured exponent is p up to 2 t/ln(d_2/d_1).
+    """
+
+    limit: Callable[[Question], np.ndarray]
+    power: float = 1.0
+    name: ClassVar[str] = "rate"
+
+    def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
+        values, remainder = self.predicted(question, prediction)
+        gap = np.abs(values - self.limit(question))
+        width = tolerance * gap + remainder
+        low = np.where(question.judged, values - width, -np.inf)
+        high = np.where(question.judged, values + width, np.inf)
+        relative = np.divide(width, gap, out=np.full(gap.shape, np.inf), where=gap > 0)
+        widest = float(relative[question.judged].max(initial=0.0))
+        return Region(question, values, low, high, widest)
+
+    def words(self, tolerance: float, scale: str, remainder: float) -> str:
+        extra = f" and {remainder:.2g}" if remainder > 0 else ""
+        return f"within {tolerance:.2%}{extra} of the gap, which falls as d^-{self.power:g}"
 
 
 def scale_of(question: Question, values: np.ndarray) -> np.ndarray:

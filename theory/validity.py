@@ -11,9 +11,9 @@ undecided on the edge.
 >>> found = theory.validity("attention.uniform_participation", {"sigma": [0.005, 0.02], "m": [1, 8]})
 >>> print(found.where())
 every m from 1 to 8 at sigma = 0.005
-m up to 1 at sigma = 0.02
+m = 1 at sigma = 0.02
 >>> found.boundary.of, found.boundary.holds, found.boundary.expr
-(s**2, 'below', log(m*tolerance/(m - 1) + 1))
+(s**2, 'below', log(tolerance/(1 - 1/m) + 1))
 """
 
 from __future__ import annotations
@@ -297,8 +297,9 @@ class Boundary(Formula):
 
     def inside(self, values: Mapping[str, Any]) -> np.ndarray:
         """Whether points, by the names of all symbols and `tolerance`, are where it holds."""
-        end = self(**{name: values[name] for name in self.symbols})
-        here = self.bounded(**{name: values[name] for name in self.bounded.symbols})
+        with np.errstate(all="ignore"):
+            end = self(**{name: values[name] for name in self.symbols})
+            here = self.bounded(**{name: values[name] for name in self.bounded.symbols})
         return np.asarray(here <= end if self.holds == "below" else here >= end)
 
 
@@ -359,11 +360,14 @@ def _of_moment(rate: sp.Expr, statement: str) -> Boundary:
 
 
 def _of_cosine(cosine: sp.Expr, weight: Callable[[sp.Expr], sp.Expr], statement: str) -> Boundary:
-    """Both norms grow, each by half of its rate; three Gaussian maps take 3 (1 - cos^2)/(2d)."""
-    rates = [weight(position) * growth_with_floor(position) for position in (m, n)]
-    rate = cosine * sum(rates) / 2 * (1 - sp.KroneckerDelta(m, n))
-    first = (tau - 3 * cosine * (1 - cosine**2) / (2 * d)) / rate
-    return _boundary(s**2, first, f"{statement}, {LOGITS}.", _next_order(first))
+    """cos (1 - e^(-rate s^2)) = tolerance, less the 3 cos (1 - cos^2)/(2d) of three Gaussian maps.
+
+    Both norms grow, each by half of its rate; a cosine below the tolerance agrees at any s.
+    """
+    rate = sum(weight(position) * growth_with_floor(position) for position in (m, n)) / 2
+    left = tau / cosine - 3 * (1 - cosine**2) / (2 * d)
+    end = -sp.log(sp.Max(0, 1 - left)) / (rate * (1 - sp.KroneckerDelta(m, n)))
+    return _boundary(s**2, end, f"{statement}, {LOGITS}.", _next_order(end))
 
 
 def _kernel_rate(cosine: sp.Expr, weight: Callable[[sp.Expr], sp.Expr]) -> sp.Expr:
@@ -380,26 +384,35 @@ STREAM_COSINE = UNIFORM_COSINE * sp.sqrt(branch(m) * branch(n))
 
 def _of_dilution() -> Boundary:
     """sqrt(n/m) (1 - 1/sqrt((1 + m/kappa)(1 + n/kappa))) = tolerance, solved for kappa."""
-    kept = (1 - tau / UNIFORM_COSINE) ** -2
+    kept = sp.Max(0, 1 - tau / UNIFORM_COSINE) ** -2
     total = m + n
     inverse = (sp.sqrt(total**2 + 4 * m * n * (kept - 1)) - total) / (2 * m * n)
+    end = (1 - sp.KroneckerDelta(m, n)) / inverse
+    beside = 3 * (1 - UNIFORM_COSINE**2) / (2 * d) + s**2 * growth_with_floor(sp.Max(m, n))
     return _boundary(
         kappa,
-        (1 - sp.KroneckerDelta(m, n)) / inverse,
+        end,
         "The stream dilutes adjacency: neighbours are alike up to m = kappa tolerance/"
-        "(1 - tolerance), for uniform attention over wide streams.",
+        "(1 - tolerance), where neither the width nor softmax counts.",
+        end / tau * beside,
         holds="above",
     )
 
 
 def _of_condensation() -> Boundary:
-    """The leading correction over the leading term, which goes as 1/(d - 1)."""
+    """The leading correction over the leading term, which goes as 1/(d - 1).
+
+    The correction is of the size e^(2 s^2)/m; the next has third cumulants, e^(5 s^2)/m^2, which
+    is e^(s^2) times its square.
+    """
     leading, beyond = breakdown_leading()
+    end = 1 + sp.simplify(beyond * (d - 1) / leading) / tau
     return _boundary(
         d,
-        1 + sp.simplify(beyond * (d - 1) / leading) / tau,
+        end,
         "About 2 s^2 e^(s^2)/tolerance, which is s^2 = (1/2) ln(tolerance m_*/2): from there on "
         "softmax condenses within the length, and the limits of long prefixes do not hold.",
+        2 * tau * sp.exp(s**2) * end,
         holds="above",
     )
 
@@ -770,11 +783,12 @@ def _in_words(name: str, points: np.ndarray, inside: np.ndarray) -> str:
 
 
 def _run(points: list[str], start: int, end: int) -> str:
+    if start == end:
+        return f"= {points[start]}"
     if start == 0:
         return f"up to {points[end]}"
-    if end == len(points) - 1:
-        return f"from {points[start]}"
-    return f"= {points[start]}" if start == end else f"from {points[start]} to {points[end]}"
+    last = end == len(points) - 1
+    return f"from {points[start]}" if last else f"from {points[start]} to {points[end]}"
 
 
 def validity(
@@ -803,7 +817,7 @@ def validity(
     found = entry(law, against)
     axes = _axes(law, found.against, over or {})
     grid = np.meshgrid(*axes.values(), indexing="ij", sparse=True)
-    values = _Values(dict(zip(axes, grid, strict=True)))
+    values = _Values({**dict(zip(axes, grid, strict=True)), "tolerance": np.array(tolerance)})
     shape = tuple(map(len, axes.values()))
     with np.errstate(all="ignore"):
         own = law(**values.of(law))

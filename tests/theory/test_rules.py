@@ -122,7 +122,7 @@ def by_definition(X, epsilon, centring):
 
 def norm_rule(kind, epsilon):
     operation = Normalise("norm", ("x",), kind, float(epsilon))
-    return rule_for(operation, {"x": Traits(maps=1, isotropic=True)})
+    return rule_for(operation, {"x": Traits(maps=1, isotropic=True)}, "uniform")
 
 
 @pytest.mark.parametrize("epsilon", [sp.Integer(0), sp.Rational(3, 7)])
@@ -244,7 +244,7 @@ def test_kurtosis_of_a_map_of_raw_tokens_by_the_three_point_rule(width):
 
 def test_residual_by_enumerating_the_branch_weights():
     """E <x + Wz, x' + Wz'>/d over every sign matrix W is K_x + K_branch."""
-    rule = rule_for(Add("sum", ("x", "b")), {"x": Traits(), "b": Traits()})
+    rule = rule_for(Add("sum", ("x", "b")), {"x": Traits(), "b": Traits()}, "uniform")
     stream, inner = sp.Matrix([[1, 2], [3, -1]]), sp.Matrix([[4, 1], [-2, 3]])
     maps = [sp.Matrix(2, 2, signs) for signs in product(SIGNS, repeat=4)]
     branch = sum((gram(inner * W) for W in maps), sp.zeros(2, 2)) / len(maps)

@@ -164,10 +164,13 @@ def overlap(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
     return 1 / sp.Max(m, n) / (1 + taken)
 
 
-def excess(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
-    """E cos over the cosine of the kernel, less 1, of two outputs with independent queries."""
-    share = participation(spread, freedom, fixed_norm) / second_moment(spread, freedom, fixed_norm)
-    of_one = RootBias(m, spread, d_h, H) * share**2
+def excess(spread: sp.Expr) -> sp.Expr:
+    """E cos over the cosine of the kernel, less 1, of two outputs with independent queries.
+
+    The tilt fluctuates with the participation (a query with one large weight has both), so
+    |o|^2 as a whole has the participation's relative fluctuation.
+    """
+    of_one = RootBias(m, spread, d_h, H)
     return of_one + of_one.subs(m, n)
 
 
@@ -176,7 +179,7 @@ def adjacent_cosine() -> sp.Expr:
     freedom = d - 1
     diagonal = second_moment(s, freedom, True)
     rho = overlap(s, freedom, True) / sp.sqrt(diagonal * diagonal.subs(m, n))
-    cosine = rho * (1 + excess(s, freedom, True)) - 3 * rho * (1 - rho**2) / (2 * d)
+    cosine = rho * (1 + excess(s)) - 3 * rho * (1 - rho**2) / (2 * d)
     return cosine.subs(sp.Max(m, n), n).subs(n, m + 1)
 
 
@@ -217,5 +220,5 @@ def formulas() -> Iterator[Formula]:
         Status.LEADING_ORDER,
         "derived here",
         r"\mathbb{E}\cos(o_m, o_{m+1})",
-        remainder=s**4 / d + 4 / d**2 + 4 * excess(s, d - 1, True).subs(n, m + 1) ** 2 / 3,
+        remainder=s**4 / d + 4 / d**2 + 4 * excess(s).subs(n, m + 1) ** 2 / 3,
     )

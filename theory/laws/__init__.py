@@ -8,7 +8,7 @@
 >>> found.name, found.status.name, round(found.moment(2), 6), round(found.kurtosis, 6)
 ('symmetric variance-gamma', 'EXACT', 0.4096, 4.5)
 >>> found.ppf([0.01, 0.5, 0.99]).round(3)
-array([-1.784,  0.   ,  1.784])
+array([-1.661,  0.   ,  1.661])
 
 SciPy's distributions are imported with the first law that is asked for.
 """

@@ -59,6 +59,10 @@ from theory.predict import Prediction, predict
 from theory.symbols import d, d_h, s
 
 
+STREAM = (Embed, Normalise, Add, Average)
+"""What commutes with a rotation of its inputs."""
+
+
 class Network:
     """The vectors at the places of a question's architecture, at position m."""
 
@@ -67,6 +71,7 @@ class Network:
         self.architecture = question.architecture
         self.places = self.architecture.places()
         self._known: dict[str, Vector] = {}
+        self._predicted: dict[str, Prediction] = {}
 
     def vector(self, place: str) -> Vector:
         """What is known of the vector at `place`."""
@@ -93,7 +98,10 @@ class Network:
 
     def predicted(self, place: str) -> Prediction:
         """The kernel calculus' second moment at every position."""
-        return predict(replace(self.question, place=place, observable="second_moment", points=()))
+        if place not in self._predicted:
+            asked = replace(self.question, place=place, observable="second_moment", points=())
+            self._predicted[place] = predict(asked)
+        return self._predicted[place]
 
     def second_moment(self, place: str) -> tuple[float, float]:
         """The same at this position, and its relative remainder."""
@@ -113,16 +121,23 @@ class Network:
         return Isotropic(constant(moment), self.width(place), dropped)
 
     def turns(self, place: str) -> bool:
-        """Whether a rotation of the stream changes no law up to `place`.
+        """Whether a rotation of the stream, which `place` is of, changes no law up to there.
 
-        So it is where all matrices are Gaussian or Haar, and biases Gaussian.
+        So it is where all matrices are Gaussian or Haar and biases Gaussian, and where nothing
+        but matrices leads from what is added and normalised to what is activated and mixed.
         """
-        weights = [w for o in self.architecture.upstream(place) for w in o.weights]
-        laws = [(weight, self.law(weight)) for weight in weights]
-        return all(
+        upstream = self.architecture.upstream(place)
+        laws = [(weight, self.law(weight)) for o in upstream for weight in o.weights]
+        isotropic = all(
             law.gaussian or (isinstance(law, Orthogonal) and weight.role != "bias")
             for weight, law in laws
         )
+        stream, hidden = {place}, set()
+        for operation in upstream:
+            if not isinstance(operation, Linear):
+                side = stream if isinstance(operation, STREAM) else hidden
+                side.update((operation.place, *operation.inputs))
+        return isotropic and stream.isdisjoint(hidden)
 
     def rescaled(self, vector: Isotropic, place: str) -> Isotropic:
         """The vector with the kernel calculus' second moment at `place`."""

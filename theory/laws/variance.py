@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
-from scipy.linalg import eigh_tridiagonal
 from scipy.special import gammaln
 
 from theory.formulas.mehler import half_line
@@ -134,6 +133,8 @@ class RandomVariance:
 
 def _gauss(u: np.ndarray, weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes and weights of Gauss's rule for a discrete law; u in an interval of length 4."""
+    from scipy.linalg import eigh_tridiagonal
+
     diagonal, beside = np.zeros(size), np.zeros(size)
     before, polynomial = np.zeros_like(u), np.ones_like(u)
     for k in range(size):

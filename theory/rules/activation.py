@@ -41,9 +41,12 @@ def _dual_and_remainder(function: str, fixed_norm: bool) -> tuple[sp.Expr, sp.Ex
     of = dual(function)
     rho, scale = c / sp.sqrt(a * b), sp.sqrt(a * b)
     width = sp.sqrt(maps / d)
-    ways = [{c: scale * (rho + sign * (1 - rho**2) * width)} for sign in (1, -1)]
+    step = sp.tanh(width)  # on the scale of atanh rho, so that no correlation leaves [-1, 1]
+    ways = [{c: scale * (rho + sign * step) / (1 + sign * rho * step)} for sign in (1, -1)]
     curvature = _second_difference(of, ways)
-    common = [{x: x * (1 + sign * sp.sqrt(2) * width) for x in (a, b, c)} for sign in (1, -1)]
+    common = [
+        {x: x * (1 + sign * sp.tanh(sp.sqrt(2) * width)) for x in (a, b, c)} for sign in (1, -1)
+    ]
     if not fixed_norm:
         curvature += _second_difference(of, common)
     size = sp.sqrt(of.subs({b: a, c: a}) * of.subs({a: b, c: b}))

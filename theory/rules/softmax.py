@@ -3,8 +3,8 @@
 Given the tokens, logits are Gaussian over W_Q and W_K with covariance Q(m, n) J(i, j), Q and J the
 kernels of the queries and of the keys (exactly so given the queries; d_h enters through theirs).
 
-First order.  Wick's theorem, E f(l) = exp(sum_ij Cov(l_i, l_j) d_i d_j / 2) f at l = 0, to its
-first power, gives for the weights of the queries m and n on the keys i and j
+First order.  Wick's theorem (`theory.formulas.wick`) gives for the weights of the queries m and n
+on the keys i and j
 
     m n E a_mi a_nj = 1 + Q(m, n) C_mn(i, j) + Q(m, m) D_m(i)/2 + Q(n, n) D_n(j)/2
 
@@ -35,38 +35,10 @@ from nope.operations import Mix, Operation
 from theory.formula import compile_number_form
 from theory.formulas import outputs
 from theory.formulas import softmax as law
+from theory.formulas.wick import first_order
 from theory.kernel import J, K, Moved, Q, Rule, Traits
 from theory.propagation import prefix_sum
-from theory.symbols import d, d_h, i, j, m, n
-
-# ------------------------------------------------------------------- the expressions
-
-
-def centred(end: sp.Symbol, other: sp.Symbol, left: sp.Symbol, right: sp.Symbol) -> sp.Expr:
-    """J(left, right) less its means over left <= end and over right <= other, plus both."""
-    a, b = sp.symbols("a b", integer=True, positive=True)
-    return (
-        J(left, right)
-        - sp.Sum(J(a, right), (a, 1, end)) / end
-        - sp.Sum(J(left, b), (b, 1, other)) / other
-        + sp.Sum(J(a, b), (a, 1, end), (b, 1, other)) / (end * other)
-    )
-
-
-def spread(end: sp.Symbol, at: sp.Symbol) -> sp.Expr:
-    """C(at, at) over the prefix up to `end`, less its mean over the prefix."""
-    k = sp.Symbol("k", integer=True, positive=True)
-    mean = sp.Sum(centred(end, end, k, k), (k, 1, end)) / end
-    return centred(end, end, at, at) - mean
-
-
-def first_order() -> sp.Expr:
-    """sum over i <= m, j <= n of E a_mi a_nj K(i, j), to first order in Q."""
-    weight = (
-        1 + Q(m, n) * centred(m, n, i, j) + Q(m, m) * spread(m, i) / 2 + Q(n, n) * spread(n, j) / 2
-    )
-    return sp.Sum(weight * K(i, j), (i, 1, m), (j, 1, n)) / (m * n)
-
+from theory.symbols import d, i, j, m, n
 
 # ------------------------------------------------------------------------- numbers
 
@@ -266,8 +238,8 @@ def _lost(mixing: Mixing) -> np.ndarray:
 def _excess(mixing: Mixing, kernel: np.ndarray) -> np.ndarray:
     """E cos over the cosine of the kernel, less 1, for the participation P of each query.
 
-    With delta = E (P/E P)^(-1/2) - 1 of the mean over heads, diluted by the share of P in the
-    kernel: delta_m + delta_n for independent queries.  For correlated ones to leading order the
+    With delta = E (P/E P)^(-1/2) - 1 of the mean over heads, diluted by what all values have in
+    common: delta_m + delta_n for independent queries.  For correlated ones to leading order the
     covariances of both P and of sum_n a_mn a_nn leave (1 - r)(1 - r/3) of it.
     """
     positions = mixing.count.astype(int)
@@ -276,8 +248,8 @@ def _excess(mixing: Mixing, kernel: np.ndarray) -> np.ndarray:
         mixing.table.relative_variance(positions, mixing.own_variance),
         mixing.n_heads,
     )
-    participation = (1 + mixing.own_growth) / mixing.count
-    share = mixing.value_spread * participation / np.diagonal(kernel)
+    common = np.diagonal(mixing.values).cumsum() / mixing.count - mixing.value_spread
+    share = 1 - common / np.diagonal(kernel)
     r = np.clip(mixing.correlation, 0.0, 1.0)
     delta = delta * share**2
     return np.asarray(np.add.outer(delta, delta) * (1 - r) * (1 - r / 3))
@@ -374,7 +346,7 @@ def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
         source="derived here",
         remainder=s2**2 / d * (1 - near) * sp.sqrt(m * n) / sp.Max(m, n) + 4 * s2 / d**2 * m,
         traits=Traits(maps=before.maps),
-        excess=(1 - near) * outputs.excess(*given),
+        excess=(1 - near) * outputs.excess(given[0]),
     )
 
 
