@@ -406,6 +406,29 @@ def formula_show(
         print(values.to_string(index=False))
 
 
+@formula_app.command("validity")
+def formula_validity(
+    name: str,
+    over: Annotated[
+        str, typer.Option(help="Where to ask: sigma=0.01:0.03:0.01,d=768,m=1:8 (both ends).")
+    ] = "",
+    tolerance: Annotated[float, typer.Option(help="Largest error.")] = suite.TOLERANCE,
+    along: Annotated[str | None, typer.Option(help="Ranges of this symbol; of m if any.")] = None,
+) -> None:
+    """Where one formula agrees with the best that is known; GPT-2 small where nothing is given."""
+    found = theory.validity(name, grids.parse(over) if over else {}, tolerance)
+    lines = found.ranges(along)
+    table = _table(*lines[0].at, "agrees", "undecided", "largest error")
+    for line in lines:
+        point = (f"{value:.6g}" for value in line.at.values())
+        table.add_row(*point, line.agrees, line.undecided or "-", f"{line.worst:.3g}")
+    console = _console()
+    console.print(table)
+    console.print(f"{found.title}.", highlight=False)
+    if found.boundary is not None:
+        console.print(f"It ends at {found.boundary.words}", highlight=False)
+
+
 def _formula_json(found: theory.Formula, values: Any) -> dict[str, Any]:
     return {
         "name": found.name,

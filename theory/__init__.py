@@ -15,6 +15,7 @@ from theory.formula import Formula, Status
 from theory.formulas import formula, formulas
 from theory.predict import Prediction, predict
 from theory.relations import Equals, Identical, Ordered
+from theory.validity import validity
 
 __all__ = [
     "Claim",
@@ -31,4 +32,5 @@ __all__ = [
     "formula",
     "formulas",
     "predict",
+    "validity",
 ]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -57,6 +57,12 @@ class Prediction:
     stated: Formula | None = None
     fidelity: Fidelity | None = None
     question: Question | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("values", "remainder"):
+            view = np.asarray(getattr(self, name)).view()
+            view.flags.writeable = False
+            object.__setattr__(self, name, view)
 
     @cached_property
     def derivation(self) -> Derivation | None:
@@ -130,13 +136,15 @@ def arguments(formula: Formula, question: Question) -> dict[str, Any]:
     return {name: known[name] for name in formula.symbols}
 
 
+@lru_cache(maxsize=256)
 def predict(question: Question, fidelity: Asked = "best") -> Prediction:
     """The answer to `question`.
 
     `fidelity` is how a softmax is treated: `uniform`, a_mn = 1/m; `first_order` in the logits'
     variance s^2; `any_temperature`; `best` is the one of the smallest stated remainder.  Raises
     `LookupError` where there is nothing to answer, `ValueError` for an unknown fidelity and
-    `NotImplementedError` with the reason where no formula is known.
+    `NotImplementedError` with the reason where no formula is known.  Recent answers are kept, and
+    their arrays are read-only.
     """
     if fidelity not in get_args(Asked):
         known = ", ".join(get_args(Asked))
@@ -337,7 +345,7 @@ class _Values:
         self._positions = position_arrays(question)
         self._closed, self._exact = _closed(question, rules, fidelity)
         self._pointwise = all(
-            place in self._closed
+            place in self._closed and rule.sources[0] in self._exact
             for place, rule in rules.items()
             if rule.algorithm is not None or rule.expression.has(sp.Sum)
         )

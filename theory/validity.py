@@ -8,7 +8,8 @@ tolerance by more than its own remainder, refuted where it lies outside by more 
 undecided on the edge.
 
 >>> import theory
->>> found = theory.validity("attention.uniform_participation", {"sigma": [0.005, 0.02], "m": [1, 8]})
+>>> over = {"sigma": [0.005, 0.02], "m": [1, 8]}
+>>> found = theory.validity("attention.uniform_participation", over)
 >>> print(found.where())
 every m from 1 to 8 at sigma = 0.005
 m = 1 at sigma = 0.02
@@ -100,7 +101,7 @@ and the mean of M_j2."""
 
 def sigma_of_logits(s: np.ndarray, d: np.ndarray) -> np.ndarray:
     """The sigma of logits of standard deviation s, where that is given instead."""
-    return np.sqrt(s / d)
+    return np.asarray(np.sqrt(s / d))
 
 
 def _defaults(given: Iterable[str]) -> Mapping[str, Callable[..., Any]]:
@@ -295,6 +296,10 @@ class Boundary(Formula):
         """`of` as a formula."""
         return Formula(f"{self.name}.of", self.of, self.statement, self.status, self.source)
 
+    @property
+    def words(self) -> str:
+        return f"{self.of} = {self.expr}.  {self.statement}"
+
     def inside(self, values: Mapping[str, Any]) -> np.ndarray:
         """Whether points, by the names of all symbols and `tolerance`, are where it holds."""
         with np.errstate(all="ignore"):
@@ -435,9 +440,9 @@ def _of_depth(leading: Formula) -> Boundary:
     return _boundary(
         ell,
         sp.log(at_zero / tau) / sp.log(at_zero / at_one),
-        "From this depth on the stated remainder is below the tolerance, and agreement certain.",
+        "From this depth on the stated remainder is below the tolerance; agreement may begin "
+        "earlier.",
         holds="above",
-        exact=True,
     )
 
 
@@ -660,7 +665,8 @@ class Validity:
                relative for moments, sqrt(K_mm K_nn) for kernels, absolute for cosines and
                probabilities.  All have one axis of the array per entry of `axes`
     boundary:  where agreement ends, or None where that is not known in closed form
-    given:     the numbers of all symbols that are read, arrays that broadcast to the grid
+    given:     the numbers of every symbol and of `tolerance`, as arrays that broadcast to the grid;
+               what was not given is computed when it is looked up
     """
 
     formula: Formula
@@ -686,7 +692,14 @@ class Validity:
     @property
     def known(self) -> np.ndarray:
         """Where the better answer is good enough to decide."""
-        return np.isfinite(self.decisions)
+        return np.asarray(np.isfinite(self.decisions))
+
+    @property
+    def inside(self) -> np.ndarray | None:
+        """Where the boundary says that it agrees, if there is one."""
+        if self.boundary is None:
+            return None
+        return np.broadcast_to(self.boundary.inside(self.given), self.values.shape)
 
     @property
     def verdict(self) -> str | None:
@@ -755,14 +768,17 @@ class Validity:
             return f"against {self.against.words}"
         return "exact" if self.formula.status is Status.EXACT else "by its own remainder"
 
+    @property
+    def title(self) -> str:
+        """What was compared with what."""
+        band = f"within {self.tolerance:g} ({self.against.scale})"
+        return f"{self.formula.name}, {band}, {self.basis}"
+
     def __repr__(self) -> str:
         lines = [str(line) for line in self.ranges()]
         more = [f"and {len(lines) - SHOWN} lines more"] if len(lines) > SHOWN else []
-        title = f"{self.formula.name}, within {self.tolerance:g} ({self.against.scale})"
-        found = [f"{title}, {self.basis}:", *lines[:SHOWN], *more]
-        if self.boundary is not None:
-            found.append(f"ends at {self.boundary.of} = {self.boundary.expr}")
-        return "\n  ".join(found)
+        ends = [] if self.boundary is None else [f"ends at {self.boundary.words}"]
+        return "\n  ".join([f"{self.title}:", *lines[:SHOWN], *more, *ends])
 
 
 def _in_words(name: str, points: np.ndarray, inside: np.ndarray) -> str:
@@ -777,8 +793,8 @@ def _in_words(name: str, points: np.ndarray, inside: np.ndarray) -> str:
     if flags.all():
         return f"every {name} from {first} to {last}" if first != last else f"{name} = {first}"
     steps = np.diff(np.concatenate([[0], flags, [0]]).astype(int))
-    starts, ends = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1) - 1
-    runs = [_run(sorted_points, start, end) for start, end in zip(starts, ends, strict=True)]
+    starts, ends = (np.flatnonzero(steps == step).tolist() for step in (1, -1))
+    runs = [_run(sorted_points, start, end - 1) for start, end in zip(starts, ends, strict=True)]
     return f"{name} {' and '.join(runs)}"
 
 
@@ -825,8 +841,8 @@ def validity(
         scale = _scale(law, found.against.scale, own, values)
         error = np.where(best == own, 0.0, np.abs(best - own) / scale)
         slack = np.where(remainder == 0, 0.0, np.abs(remainder) / scale)
-    filled = (np.broadcast_to(array, shape) for array in (own, error, slack))
-    return Validity(law, found.against, axes, tolerance, *filled, found.boundary, values)
+    own, error, slack = (np.broadcast_to(array, shape) for array in (own, error, slack))
+    return Validity(law, found.against, axes, tolerance, own, error, slack, found.boundary, values)
 
 
 def _axes(law: Formula, against: Reference, over: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -227,7 +227,7 @@ def test_two_dimensions_per_head_are_laplaces_law():
     assert np.abs(found.ppf(q) - exact.ppf(q)).max() < 1e-11
 
 
-@pytest.mark.parametrize("freedom", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("freedom", [1, 2, 8, 64])
 def test_variance_gamma_by_mpmath(freedom):
     """The CDF as an integral over the density of the formula, its Bessel function mpmath's."""
     density = formulas.variance_gamma(sp.Integer(freedom), sp.Rational(3, 10))
@@ -481,15 +481,13 @@ class Squashing:
 
 
 def test_a_norm_of_something_with_a_basis_is_no_sphere():
-    """tanh of the stream, normalised: to leading order only, and not where a map is between."""
-    norm = nope.Norm("ln")
-    bare = nope.Sequence((Squashing(), norm))
-    mapped = nope.Sequence((Squashing(), nope.MLP(8, name="mlp"), norm))
-    for body, status in ((bare, Status.LEADING_ORDER), (mapped, Status.LEADING_ORDER)):
+    """tanh of the stream, normalised, is claimed to leading order only; behind maps it is exact."""
+    found = {}
+    for first in (Squashing(), nope.MLP(8)):
+        body = nope.Sequence((first, nope.Norm("ln")))
         architecture = nope.Architecture(8, 2, GaussianTokens(), body)
-        assert law(Question(architecture, nope.init.normal(0.3), "ln")).status is status
-    plain = nope.Architecture(8, 2, GaussianTokens(), nope.Sequence((nope.MLP(8), norm)))
-    assert law(Question(plain, nope.init.normal(0.3), "ln")).status is Status.EXACT
+        found[type(first)] = law(Question(architecture, nope.init.normal(0.3), "ln")).status
+    assert found == {Squashing: Status.LEADING_ORDER, nope.MLP: Status.EXACT}
 
 
 def test_variances_are_the_kernel_calculus():

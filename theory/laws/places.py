@@ -58,7 +58,6 @@ from theory.laws.vectors import (
 from theory.predict import Prediction, predict
 from theory.symbols import d, d_h, s
 
-
 STREAM = (Embed, Normalise, Add, Average)
 """What commutes with a rotation of its inputs."""
 
@@ -132,7 +131,8 @@ class Network:
             law.gaussian or (isinstance(law, Orthogonal) and weight.role != "bias")
             for weight, law in laws
         )
-        stream, hidden = {place}, set()
+        stream: set[str] = {place}
+        hidden: set[str] = set()
         for operation in upstream:
             if not isinstance(operation, Linear):
                 side = stream if isinstance(operation, STREAM) else hidden
