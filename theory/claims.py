@@ -25,6 +25,7 @@ from nope.tokens import GaussianTokens
 from theory.formula import Formula, Status
 from theory.predict import Prediction, arguments, at, predict
 from theory.relations import Equals, Region, Relation
+from theory.validity import decided, verdict
 
 PredictionLike = np.ndarray | Formula | Callable[[Question], Any] | float
 
@@ -141,11 +142,7 @@ class Claim:
             best, remainder = self.relation.predicted(question, self.expected(question))
         judged = region.statistic.judged
         values, slack, low, high = (x[judged] for x in (best, remainder, region.low, region.high))
-        if ((values - slack >= low) & (values + slack <= high)).all():
-            return "CONFIRMED"
-        if ((values + slack < low) | (values - slack > high)).any():
-            return "REFUTED"
-        return None
+        return verdict(decided(values, slack, low, high))
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,10 @@ def _vanishes(expr: sp.Expr, point: Mapping[sp.Symbol, Any]) -> bool:
     calls = sorted(expr.atoms(sp.core.function.AppliedUndef), key=str)
     names = sp.symbols(f"call:{len(calls)}")
     flat = expr.subs(dict(zip(calls, names, strict=True)))
-    known = {**point, **{name: _named(call, point) for call, name in zip(calls, names, strict=True)}}
+    known = {
+        **point,
+        **{name: _named(call, point) for call, name in zip(calls, names, strict=True)},
+    }
     arguments = tuple(sorted(flat.free_symbols, key=str))
     value = compile_number_form(flat, arguments)(*(float(known[name]) for name in arguments))
     return bool(abs(value) <= ZERO_IN_FLOATS)

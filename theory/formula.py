@@ -120,6 +120,11 @@ def hypergeometric(a: Any, b: Any, c: Any, z: Any) -> Any:
 _NAMESPACE = {"numpy": np, "hypergeometric": hypergeometric}
 
 
+def _on_arrays(numbers: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """The same for plain numbers too."""
+    return lambda *given: numbers(*(np.asarray(x, dtype=float) for x in given))
+
+
 def compile_number_form(expr: sp.Expr, arguments: tuple[sp.Symbol, ...]) -> Callable[..., Any]:
     """The NumPy function of an expression.
 
@@ -128,7 +133,7 @@ def compile_number_form(expr: sp.Expr, arguments: tuple[sp.Symbol, ...]) -> Call
     if expr.has(sp.gamma):
         expr = expr.replace(sp.gamma, lambda argument: sp.exp(LogGamma(argument)))
         expr = sp.powsimp(expr, combine="exp")
-    numeric = {type(call).__name__: type(call).numbers for call in expr.atoms(Numeric)}
+    numeric = {type(call).__name__: _on_arrays(type(call).numbers) for call in expr.atoms(Numeric)}
     printer = NumberPrinter(
         {
             "fully_qualified_modules": False,

@@ -34,7 +34,9 @@ class Traits:
     `maps` counts the independent random maps that made it (tokens included): each adds 1/d to
     the relative fluctuation of a squared norm.  `normalised`: |x|^2 = d exactly.  `fixed_norm`:
     K(m, m) does not fluctuate given the inputs, one map after a norm.  `independent`: positions
-    are, given the weights, and of zero mean.  `centred`: a LayerNorm took one dimension.
+    are, given the weights, and of zero mean.  `repeated`: some hold the same token, by chance, so
+    the empirical kernel is 0 or 1 and not near its mean.  `centred`: a LayerNorm took one
+    dimension.
     `isotropic`: coordinates i.i.d. Gaussian.  `kurtosis` of a coordinate and `norm_kurtosis`
     E|x|^4/(E|x|^2)^2 are exact, or None where no closed form is known.  `logits` names the
     scores behind a softmax pattern, `query_key` the places behind those.
@@ -44,6 +46,7 @@ class Traits:
     normalised: bool = False
     fixed_norm: bool = False
     independent: bool = False
+    repeated: bool = False
     centred: bool = False
     isotropic: bool = False
     kurtosis: sp.Expr | None = None

@@ -12,7 +12,7 @@ from sympy.parsing.sympy_parser import parse_expr
 
 import theory
 from theory import symbols
-from theory.formula import Formula, Status, compile_number_form, hypergeometric
+from theory.formula import Formula, Numeric, Status, compile_number_form, hypergeometric
 from theory.symbols import REGISTRY, d, m, n, sigma
 
 NAMES = sorted(theory.formulas())
@@ -151,25 +151,36 @@ def test_python_source_round_trips(name):
     """Parsing the source with the registry's symbols gives the same expression."""
     formula = theory.formula(name)
     known = {key: entry.symbol for key, entry in REGISTRY.items()}
+    known |= {type(call).__name__: type(call) for call in formula.expr.atoms(Numeric)}
     parsed = parse_expr(formula.python(), local_dict=known)
     assert parsed.free_symbols == formula.expr.free_symbols
     assert parsed == formula.expr or sp.simplify(parsed - formula.expr) == 0
 
 
+MODERATE = {"ell": (0, 12), "d_h": (1, 128), "H": (1, 16)}
+"""Whole numbers that are small in any network: layers, a head's width, heads."""
+
+
 def random_point(formula, rng, large):
-    """Numbers in the symbols' domains; j < k < i and |c| <= sqrt(ab) where they meet."""
+    """Numbers in the symbols' domains; j < k < i, |c| <= sqrt(ab) and p_3 <= p_2 where they meet."""
     point = {}
     for name, entry in formula.symbols.items():
-        if entry.domain.integer:
+        if name in MODERATE:
+            point[name] = rng.randint(*MODERATE[name])
+        elif entry.domain.integer:
             point[name] = rng.choice([100_000, 99_999]) if large else rng.randint(2, 900)
         elif name in ("rho", "c"):
             point[name] = rng.uniform(-0.99, 0.99)
         elif name == "d_eff":
             point[name] = 1e5 if large else rng.uniform(2, 900)
+        elif name == "p_2":
+            point[name] = rng.uniform(0.01, 0.99)
         else:
             point[name] = rng.uniform(0.01, 1.5)
     if "c" in point and "a" in point:
         point["c"] *= (point["a"] * point["b"]) ** 0.5
+    if "p_3" in point:
+        point["p_3"] = point["p_2"] ** rng.uniform(1.5, 2)  # Jensen and Hoelder: p_2^2 to p_2^(3/2)
     if "k" in point:
         ordered = rng.sample(range(1, 900), 3)
         point.update(zip("jki", sorted(ordered), strict=True))

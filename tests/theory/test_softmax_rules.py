@@ -121,8 +121,7 @@ def test_the_power_series_by_derivatives_of_softmax(length):
         assert a_0 == Fraction(1, length)
         assert sp.Rational(a_1) == sum(x * y for x, y in zip(first[index], slopes, strict=True))
         curved = sum(
-            second[index][p][q] * slopes[p] * slopes[q]
-            for p, q in product(range(length), repeat=2)
+            second[index][p][q] * slopes[p] * slopes[q] for p, q in product(range(length), repeat=2)
         )
         assert 2 * sp.Rational(a_2) == curved
 

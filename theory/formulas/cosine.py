@@ -8,6 +8,7 @@ import numpy as np
 import sympy as sp
 
 from nope.questions import position_grid
+from theory.cache import kept
 from theory.formula import Formula, Status, compile_number_form
 from theory.symbols import d, d_eff, i, j, k, m, n, rho
 
@@ -23,6 +24,7 @@ def gaussian_pair() -> sp.Expr:
 
 
 @cache
+@kept
 def gaussian_pair_expansion(order: int = 1) -> sp.Expr:
     """Terms up to 1/d^order (3 at most), from Stirling's series and the hypergeometric's own."""
     x = sp.Symbol("x", positive=True)  # 1/d, so that z = d/2 = 1/(2x)

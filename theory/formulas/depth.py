@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import sympy as sp
-from scipy.special import digamma, zeta
 
 from nope.checks import expect, expect_count, expect_finite
 from theory.formula import Formula, Numeric, Status
@@ -258,6 +257,8 @@ class Harmonic(FiniteSum):
 
     @staticmethod
     def numbers(*arrays: Array) -> Array:
+        from scipy.special import digamma
+
         return np.asarray(digamma(arrays[0] + 1) + np.euler_gamma)
 
 
@@ -356,6 +357,8 @@ def cesaro_powers(m: Array, n: Array, layers: int) -> Iterator[Array]:
 
 def _reciprocal_power_sum(order: int, low: Array, high: Array) -> Array:
     """sum_{j=low}^high j^-order."""
+    from scipy.special import digamma, zeta
+
     if order == 1:
         return np.asarray(digamma(high + 1) - digamma(low))
     return np.asarray(zeta(order, low) - zeta(order, high + 1))

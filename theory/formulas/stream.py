@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 
 import numpy as np
-from scipy.special import gammaln
 
 from nope.architecture import decoder
 from theory.derivation import derive
@@ -91,6 +90,8 @@ def norm_fluctuation(M: np.ndarray, token_std: float, position: int) -> float:
 
 def _normed_covariance(M: np.ndarray, token_std: float, position: int) -> np.ndarray:
     """T = P S P, the covariance of the centred stream."""
+    from scipy.special import gammaln
+
     width = len(M)
     P = np.eye(width) - 1 / width
     norm = np.sqrt(2) * np.exp(gammaln(width / 2) - gammaln((width - 1) / 2))

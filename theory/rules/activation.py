@@ -6,6 +6,7 @@ from functools import cache
 import sympy as sp
 
 from nope.operations import Activate
+from theory.cache import kept
 from theory.formulas.duals import dual
 from theory.kernel import Fidelity, K, Rule, Traits
 from theory.rules import rule_for
@@ -22,7 +23,7 @@ def _(operation: Activate, traits: Mapping[str, Traits], fidelity: Fidelity) -> 
     2 maps/d, which an exact norm in front takes away.  Both enter as second differences.
     """
     before = traits[operation.inputs[0]]
-    expression, remainder = _dual_and_remainder(operation.function, before.fixed_norm)
+    expression, remainder = _dual_and_remainder(dual(operation.function), before.fixed_norm)
     return Rule(
         name=f"{operation.function}, dual activation",
         statement="A wide layer of units averages the product of two activated Gaussians.",
@@ -36,11 +37,11 @@ def _(operation: Activate, traits: Mapping[str, Traits], fidelity: Fidelity) -> 
 
 
 @cache
-def _dual_and_remainder(function: str, fixed_norm: bool) -> tuple[sp.Expr, sp.Expr]:
+@kept
+def _dual_and_remainder(of: sp.Expr, fixed_norm: bool) -> tuple[sp.Expr, sp.Expr]:
     """Both in K, the same for every layer."""
-    of = dual(function)
     rho, scale = c / sp.sqrt(a * b), sp.sqrt(a * b)
-    width = sp.sqrt(maps / d)
+    width = sp.sqrt((maps - 1) / d)  # of the input: given it, W_in only averages
     step = sp.tanh(width)  # on the scale of atanh rho, so that no correlation leaves [-1, 1]
     ways = [{c: scale * (rho + sign * step) / (1 + sign * rho * step)} for sign in (1, -1)]
     curvature = _second_difference(of, ways)

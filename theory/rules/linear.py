@@ -42,6 +42,7 @@ def _(operation: Linear, traits: Mapping[str, Traits], fidelity: Fidelity) -> Ru
             maps=before.maps + 1,
             fixed_norm=before.normalised,
             independent=before.independent and operation.bias is None,
+            repeated=before.repeated,
             centred=before.centred,
             kurtosis=kurtosis,
         ),

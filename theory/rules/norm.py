@@ -51,6 +51,7 @@ def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) ->
             maps=before.maps,
             normalised=not operation.eps,
             independent=before.independent,
+            repeated=before.repeated,
             centred=centring,
             kurtosis=kurtosis,
             norm_kurtosis=None if operation.eps else sp.Integer(1),

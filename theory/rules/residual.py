@@ -43,6 +43,6 @@ def _(operation: Multiply, traits: Mapping[str, Traits], fidelity: Fidelity) -> 
         expression=K(m, n) * J(m, n),
         assumption="W_gate and W_in independent; the input's empirical kernel near its mean",
         source="derived here, for the units of Shazeer 2020",
-        remainder=shared * maps / d,
+        remainder=shared * (maps - 1) / d,
         traits=Traits(maps=max(gate.maps, linear.maps)),
     )

@@ -73,7 +73,7 @@ class Mixing:
 
     `values` K, `keys` J and `queries` Q are kernels; `maps` random maps made the input, whose
     empirical kernel therefore fluctuates by maps/freedom; `normalised` says that its norms do
-    not.
+    not; `repeated` that it is 0 or 1 by chance.
     """
 
     values: np.ndarray
@@ -84,6 +84,7 @@ class Mixing:
     freedom: float
     d_h: float
     n_heads: float
+    repeated: bool = False
 
     @cached_property
     def count(self) -> np.ndarray:
@@ -229,10 +230,19 @@ def _any_temperature(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _lost(mixing: Mixing) -> np.ndarray:
-    """The next orders in 1/d of the fluctuation, and s^4/d that pairs of queries share."""
+    """The next orders in 1/d of the fluctuation, and s^4/d that pairs of queries share.
+
+    Where tokens repeat, also what a kernel of zeros and ones has beyond its mean's square:
+    s^2 c (1 - c), c the share of repetitions.
+    """
     width = mixing.maps / mixing.freedom
     pairs = mixing.overlap * mixing.largest_variance**2 * width
-    return np.asarray(4 * width * np.abs(mixing.fluctuation) + pairs)
+    lost = 4 * width * np.abs(mixing.fluctuation) + pairs
+    if mixing.repeated:
+        diagonal = np.diagonal(mixing.values)
+        share = mixing.over_shorter(mixing.value_spread) / diagonal
+        lost = lost + mixing.largest_variance * share * (1 - share) * diagonal
+    return np.asarray(lost)
 
 
 def _excess(mixing: Mixing, kernel: np.ndarray) -> np.ndarray:
@@ -280,6 +290,7 @@ def _move(
         max(freedom, 1.0),
         symbols["d_h"],
         symbols["H"],
+        traits.repeated,
     )
     kernel, lost, excess = treatment(mixing)
     product = np.outer(mixing.count, mixing.count)

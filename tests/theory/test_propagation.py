@@ -1,0 +1,264 @@
+"""Kernels carried through stacks: two passes agree, kernels are kernels, real layers, memory."""
+
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import montecarlo
+import nope
+import theory
+from nope.init import normal, torch_default
+from nope.questions import Question
+from theory.bindings import local_bindings
+from theory.kernel import Traits
+from theory.predict import rules_to
+from theory.propagation import KernelValues, all_pairs
+from theory.rules import attention, rule_for, softmax
+
+FIDELITIES = ("uniform", "first_order", "any_temperature")
+
+
+def carried(architecture, init, place, fidelity, rules=None):
+    """Kernels of all pairs of positions at a place and everything before it."""
+    chosen = rules_to(architecture, place, fidelity) if rules is None else rules
+    known = local_bindings(architecture, init)
+    return KernelValues(chosen, known, architecture.n_ctx, all_pairs(architecture.n_ctx), {})
+
+
+# ------------------------------------------------------------ pointwise and all pairs
+
+
+@pytest.mark.parametrize("observable", ["kernel", "cosine", "second_moment", "adjacent_cosine"])
+@pytest.mark.parametrize("place", ["blocks.0.attn_out", "blocks.0.resid_post"])
+def test_all_pairs_equal_the_pointwise_pass_under_uniform_attention(place, observable):
+    """The closed first layer against cumulative sums over all pairs: the same numbers."""
+    architecture = nope.decoder(16, 4, n_ctx=9, d_ff=8, activation="relu")
+    question = Question(architecture, normal(0.2), place, observable)
+    found = theory.predict(question, "uniform")
+    matrix = carried(architecture, normal(0.2), place, "uniform")
+    every = np.arange(9)
+    if observable == "kernel":
+        assert np.abs(found.values - matrix.kernel(place)).max() <= 1e-13
+    elif observable == "second_moment":
+        assert np.abs(found.values - np.diagonal(matrix.kernel(place))).max() <= 1e-13
+    else:
+        scale = np.sqrt(np.diagonal(matrix.kernel(place)))
+        rho = matrix.kernel(place) / np.outer(scale, scale)
+        maps = rules_to(architecture, place, "uniform")[place].traits.maps
+        biased = rho * (1 - maps * (1 - rho**2) / 32)
+        expected = biased if observable == "cosine" else biased[every[:-1], every[1:]]
+        assert np.abs(found.values - expected).max() <= 1e-13
+
+
+def general_rules(architecture, place):
+    """The rules to a place, its softmax treated as if its keys were not independent tokens."""
+    rules, traits = {}, {}
+    for operation in architecture.upstream(place):
+        rule = rule_for(operation, traits, "any_temperature")
+        if operation.place.endswith("attn.z"):
+            dependent = {
+                name: replace(each, independent=False) if isinstance(each, Traits) else each
+                for name, each in traits.items()
+            }
+            rule = softmax.mixture(operation, dependent)
+        rules[operation.place] = rule
+        traits[operation.place] = rule.traits
+    return rules
+
+
+def forced(width, std, n_ctx=12):
+    """Both treatments of the first layer: largest gap of the kernels over sqrt(K_mm K_nn)."""
+    architecture = nope.decoder(width, 4, n_ctx=n_ctx, d_ff=0)
+    place, init = "blocks.0.attn.z", normal(std)
+    closed = carried(architecture, init, place, "any_temperature")
+    general = carried(
+        architecture, init, place, "any_temperature", general_rules(architecture, place)
+    )
+    assert closed._rules[place].algorithm is None
+    assert general._rules[place].algorithm is not None
+    root = np.sqrt(np.diagonal(closed.kernel(place)))
+    size = np.outer(root, root)
+    gap = np.abs(closed.kernel(place) - general.kernel(place)) / size
+    return gap, closed.remainder(place) + general.remainder(place)
+
+
+@pytest.mark.parametrize("s2", [0.05, 1.0])
+def test_the_general_algorithm_equals_the_first_layers_law(s2):
+    """Two treatments of independent tokens: within their remainders, and their gap falls as 1/d^2.
+
+    Four times the width at the same s leaves about a sixteenth; d_h grows along with d.
+    """
+    gaps = []
+    for width in (32, 128):
+        gap, remainder = forced(width, (s2**0.5 / width) ** 0.5)
+        assert (gap <= remainder + 1e-9).all()
+        gaps.append(gap.max())
+    assert gaps[1] < gaps[0] / 8
+    assert gaps[1] <= 8 * s2 / 128**2
+
+
+def test_a_huge_vocabulary_is_independent_tokens():
+    """Rows of a table that hardly ever repeat: the kernel of Gaussian tokens, by another route."""
+    few = nope.GaussianTokens()
+    many = nope.EmbeddingTokens(vocabulary=10**8)
+    found = []
+    for tokens in (few, many):
+        architecture = nope.decoder(128, 4, n_ctx=12, d_ff=0, tokens=tokens)
+        question = Question(architecture, normal(128**-0.5), "blocks.0.attn_out", "kernel")
+        found.append(theory.predict(question, "any_temperature"))
+    gap = np.abs(found[1].values - found[0].values)
+    assert (gap <= found[0].remainder + found[1].remainder).all()
+    root = np.sqrt(np.diagonal(found[0].values))
+    assert (gap / np.outer(root, root)).max() <= 8 / 128**2
+
+
+# ------------------------------------------------------------------- kernels are kernels
+
+STACKS = {
+    "pre": {},
+    "post relu": {"norm_position": "post", "activation": "relu"},
+    "none": {"norm_position": "none", "activation": "identity", "d_ff": 8},
+    "rms swiglu": {"norm": "rmsnorm", "activation": "swiglu"},
+    "scaled eps bias": {"residual_scale": 0.5, "eps": 1e-5, "bias": True},
+    "embedding": {"tokens": nope.EmbeddingTokens(16, exponent=1.0)},
+    "bos": {"tokens": nope.WithBos(nope.EmbeddingTokens(16))},
+    "one head": {"n_heads": 1, "d_ff": 0},
+}
+
+
+def stack(name, n_layers=2, n_ctx=12, **changes):
+    options = {"d_ff": 128, "n_heads": 4, **STACKS[name], **changes}
+    return nope.decoder(64, options.pop("n_heads"), n_layers, n_ctx=n_ctx, **options)
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+@pytest.mark.parametrize("name", STACKS)
+def test_every_kernel_is_symmetric_and_positive(name, fidelity):
+    """At each vector place: symmetric, positive diagonal, no eigenvalue below rounding.
+
+    Treatments that are not exact may break positivity by no more than they say they drop.
+    """
+    architecture = stack(name)
+    last = architecture.operations[-1].place
+    values = carried(architecture, normal(0.125), last, fidelity)
+    for place, operation in architecture.places().items():
+        if operation.axes != "vector" or place not in values._rules:
+            continue
+        kernel = values.kernel(place)
+        dropped = np.abs(values.remainder(place)) * np.sqrt(
+            np.outer(np.diagonal(kernel), np.diagonal(kernel))
+        )
+        assert np.isfinite(kernel).all(), place
+        assert np.abs(kernel - kernel.T).max() <= 1e-12 * kernel.max(), place
+        assert (np.diagonal(kernel) > 0).all(), place
+        least = np.linalg.eigvalsh((kernel + kernel.T) / 2).min()
+        assert least >= -1e-12 * kernel.max() - np.linalg.norm(dropped, 2), place
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+@pytest.mark.parametrize("name", STACKS)
+def test_every_remainder_is_a_size(name, fidelity):
+    """Finite and at least 0, at every place that a two-layer stack needs."""
+    architecture = stack(name)
+    last = architecture.operations[-1].place
+    values = carried(architecture, normal(0.125), last, fidelity)
+    for place in values._rules:
+        remainder = values.remainder(place)
+        assert np.isfinite(remainder).all(), place
+        assert remainder.min() >= -1e-12, place
+
+
+# --------------------------------------------------------------------- memory and work
+
+
+def counting(rules):
+    """The same rules, and how often the algorithm of each place is called."""
+    calls = Counter()
+
+    def counted(place, algorithm):
+        def call(*arguments):
+            calls[place] += 1
+            return algorithm(*arguments)
+
+        return call
+
+    return {
+        place: replace(rule, algorithm=counted(place, rule.algorithm)) if rule.algorithm else rule
+        for place, rule in rules.items()
+    }, calls
+
+
+def test_no_algorithm_runs_twice():
+    """Four layers: each attention's output and pattern once, whatever is asked afterwards."""
+    architecture = stack("embedding", n_layers=4)
+    last = "blocks.3.resid_post"
+    rules, calls = counting(rules_to(architecture, last, "any_temperature"))
+    values = carried(architecture, normal(0.125), last, "any_temperature", rules)
+    values.advance(last)
+    for view in ("mn", "mm", "nn"):
+        values.kernel(last, view), values.remainder(last, view), values.excess(last, view)
+    assert set(calls.values()) == {1}
+    assert sum(place.endswith("attn.z") for place in calls) == 4
+
+
+def test_advancing_frees_what_is_behind():
+    """Twelve layers at n_ctx = 256: a few of the 512 KiB matrices are alive, not two hundred."""
+    architecture = stack("pre", n_layers=12, n_ctx=256)
+    last = "blocks.11.resid_post"
+    first = carried(architecture, normal(0.125), last, "any_temperature")
+    first.advance(last)  # fills the tables, which are kept for the next call
+    values = carried(architecture, normal(0.125), last, "any_temperature")
+    tracemalloc.start()
+    values.advance(last)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    matrix = 256**2 * 8
+    kept = [place for place, memo in values._memo.items() if memo]
+    assert kept == [last]
+    assert not values._moved
+    assert peak < 40 * matrix
+    assert np.array_equal(values.kernel(last), first.kernel(last))
+
+
+# ------------------------------------------------------------------------- real layers
+
+WIDTH, LENGTH = 64, 16
+HOT = normal(WIDTH**-0.5)
+"""s = 1."""
+
+REAL = {
+    "pre": ({}, HOT),
+    "post": ({"norm_position": "post"}, HOT),
+    "rmsnorm": ({"norm": "rmsnorm"}, HOT),
+    "swiglu": ({"activation": "swiglu"}, HOT),
+    "halved branches": ({"residual_scale": 0.5}, HOT),
+    "torch's biases": ({"bias": True}, torch_default()),
+    "zipf": ({"tokens": nope.EmbeddingTokens(16, exponent=1.0)}, HOT),
+}
+OBSERVABLES = ("second_moment", "adjacent_cosine")
+INFORMATIVE = 0.1
+DRAWS = 4096
+
+
+def real(name, heads):
+    """Questions about the second block's output."""
+    options, init = REAL[name]
+    architecture = nope.decoder(WIDTH, heads, 2, WIDTH, n_ctx=LENGTH, **options)
+    return [Question(architecture, init, "blocks.1.resid_post", what) for what in OBSERVABLES]
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("name", REAL)
+def test_two_layers_against_real_ones(name, heads):
+    """GELU stacks: |theory - estimate| <= remainder + 5 standard errors, at every position."""
+    questions = real(name, heads)
+    for question, found in zip(
+        questions, montecarlo.measure(questions, DRAWS, seed=1), strict=True
+    ):
+        theory_says = theory.predict(question)
+        gap = np.abs(theory_says.values - found.mean)
+        beyond = gap - theory_says.remainder - 5 * found.standard_error
+        assert beyond.max() <= 1e-6, (question.observable, beyond.argmax() + 1)
