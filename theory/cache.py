@@ -224,13 +224,13 @@ def _write(entry: Path, value: object) -> None:
 
 
 def _replace(entry: Path, content: bytes) -> None:
-    part = tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".part", delete=False)
+    handle, part = tempfile.mkstemp(dir=entry.parent, suffix=".part")
     try:
-        with part:
-            part.write(content)
-        os.replace(part.name, entry)
+        with open(handle, "wb") as file:
+            file.write(content)
+        os.replace(part, entry)
     finally:
-        Path(part.name).unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
 
 
 def _forget(above: Path) -> None:

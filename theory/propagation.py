@@ -29,6 +29,12 @@ _ARGUMENTS = {
 }
 _SUM = sp.Symbol("prefix_sum")
 
+NEGLIGIBLE = 1e-9
+"""Diagonals that differ by less are constant, but for rounding."""
+
+TABLE = 1025
+"""Nodes of a tabulated remainder."""
+
 
 @cache
 def _compiled(expr: sp.Expr) -> tuple[Callable[..., Any], tuple[sp.Symbol, ...]]:
@@ -137,12 +143,30 @@ class KernelValues:
         if rule.algorithm is not None:
             found = self._algorithm(place).remainder
             return found if view == "mn" else self._diagonal(found, view)
-        own: np.ndarray = np.abs(self._evaluate(place, rule.remainder, view))
+        own: np.ndarray = np.abs(self._own_remainder(place, rule, view))
         carried = [self._carried(place, source, view) for source in rule.sources]
         if rule.carried == "shared":
             share = self._share(place, rule, view)
             carried = [share * carried[0], (1 - share) * carried[1]]
         return np.asarray(sum(carried, own))
+
+    def _own_remainder(self, place: str, rule: Rule, view: View) -> np.ndarray:
+        """Of the rule itself; from a table where it is a function of one correlation alone.
+
+        An estimate needs no more digits, and duals are dear.
+        """
+        names = {argument.name for argument in _compiled(rule.remainder)[1]}
+        if not (self._all_pairs and view == "mn" and {"K_mn", "K_mm", "K_nn"} <= names):
+            return self._evaluate(place, rule.remainder, view)
+        kernel, diagonal = self._source(rule, 0), self.kernel(rule.sources[0], "mm")
+        if len(rule.sources) > 1 or {"m", "n"} & names or np.ptp(diagonal) > NEGLIGIBLE * diagonal[0, 0]:
+            return self._evaluate(place, rule.remainder, view)
+        nodes = np.linspace(kernel.min(), kernel.max(), TABLE)
+        known = {**self._symbols[place], "p": rule.traits.maps, "K_mn": nodes}
+        known |= {"K_mm": diagonal[0, 0], "K_nn": diagonal[0, 0]}
+        function, arguments = _compiled(rule.remainder)
+        values = np.asarray(function(*(known[argument.name] for argument in arguments)))
+        return np.interp(kernel, nodes, np.broadcast_to(values, nodes.shape))
 
     def _carried(self, place: str, source: str, view: View) -> np.ndarray:
         """What a place inherits of its source's remainder.

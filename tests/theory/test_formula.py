@@ -157,7 +157,7 @@ def test_python_source_round_trips(name):
     assert parsed == formula.expr or sp.simplify(parsed - formula.expr) == 0
 
 
-MODERATE = {"ell": (0, 12), "d_h": (1, 128), "H": (1, 16)}
+MODERATE = {"ell": (0, 12), "d_h": (8, 128), "H": (1, 16)}
 """Whole numbers that are small in any network: layers, a head's width, heads."""
 
 

@@ -132,6 +132,8 @@ POSITIONS = (2, 5, 17)
 LONGEST = max(POSITIONS)
 TEMPERATURES = (0.3, 1.0, 2.5)
 DRAWS = 1_000_000
+TABLED = 2e-9
+"""What a tabulated participation may be off by: it promises 1e-9 (1 + m P)."""
 
 
 def exchangeable(common, length=LONGEST):
@@ -204,8 +206,8 @@ def test_independent_queries_share_the_prefix_only(spread):
     values, dropped, _ = _any_temperature(mixing(spread, 0.0))
     longer = np.maximum.outer(np.arange(1, 18), np.arange(1, 18))
     off = ~np.eye(LONGEST, dtype=bool)
-    assert np.abs(values - 0.5 - 0.5 / longer)[off].max() <= 1e-14
-    assert np.abs(dropped[off]).max() <= 1e-14
+    assert np.abs(values - 0.5 - 0.5 / longer)[off].max() <= TABLED
+    assert np.abs(dropped[off]).max() <= TABLED
     assert misses(spread, 0.0, lambda first, last: first != last) == []
 
 
@@ -223,7 +225,7 @@ def test_remainders_are_not_negative(treatment, spread, shared):
     """A remainder is a size: what one term overstates no other may take back."""
     for common in (0.0, 0.5, 0.9):
         _, dropped, _ = treatment(mixing(spread, shared, common))
-        assert dropped.min() >= -1e-15
+        assert dropped.min() >= -TABLED
 
 
 # -------------------------------------------------------------------------------- limits
@@ -250,8 +252,8 @@ def test_without_logits_all_fidelities_are_uniform():
     """s = 0: the prefix mean, nothing dropped."""
     uniform, first, any_s = fidelities(0.0, 0.5)
     assert np.abs(first - uniform).max() <= 1e-15
-    assert np.abs(any_s - uniform).max() <= 1e-15
-    assert np.abs(_any_temperature(mixing(0.0, 0.5))[1]).max() <= 1e-15
+    assert np.abs(any_s - uniform).max() <= TABLED
+    assert np.abs(_any_temperature(mixing(0.0, 0.5))[1]).max() <= TABLED
 
 
 def test_one_key_has_all_the_weight():
@@ -266,10 +268,11 @@ def test_equal_keys_are_attended_uniformly():
     root = rng.standard_normal((6, 6))
     values = root @ root.T
     attention = Mixing(values, np.ones((6, 6)), 9 * np.ones((6, 6)), 0, True, np.inf, 8, 2)
-    for found, dropped, excess in map(lambda how: how(attention), (_first_order, _any_temperature)):
-        assert np.abs(found - attention.uniform).max() <= 1e-12 * np.abs(values).max()
-        assert np.abs(dropped).max() <= 1e-12
-        assert np.abs(excess).max() <= 1e-12
+    for treatment in (_first_order, _any_temperature):
+        found, dropped, excess = treatment(attention)
+        assert np.abs(found - attention.uniform).max() <= TABLED * np.abs(values).max()
+        assert np.abs(dropped).max() <= TABLED
+        assert np.abs(excess).max() <= TABLED
 
 
 def test_the_spread_of_a_prefix_by_its_definition():
@@ -286,7 +289,7 @@ def test_the_spread_of_a_prefix_by_its_definition():
 @pytest.mark.parametrize("d_h", [1, 4])
 def test_narrow_heads_by_sampling(d_h):
     """The diagonal with |q|^2 of d_h degrees: logits s |q|/sqrt(d_h) z, five standard errors."""
-    spread, rng = 1.5, np.random.default_rng(d_h)
+    spread, rng = 0.8, np.random.default_rng(d_h)
     values, _, _ = _any_temperature(mixing(spread, 0.5, 0.0, d_h=d_h))
     for last in POSITIONS:
         draws = 400_000 // last

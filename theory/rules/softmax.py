@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 
 import numpy as np
 import sympy as sp
@@ -43,28 +44,59 @@ from theory.symbols import d, i, j, m, n
 # ------------------------------------------------------------------------- numbers
 
 
-def spread_over_prefix(kernel: np.ndarray) -> np.ndarray:
-    """v - c at each m: the prefix averages of a kernel's diagonal and of the rest; 0 at m = 1."""
-    count = np.arange(1.0, len(kernel) + 1)
-    trace = np.diagonal(kernel).cumsum()
-    rest = np.diagonal(prefix_sum(kernel)) - trace
-    pairs = count * (count - 1)
-    common = np.divide(rest, pairs, out=trace / count, where=pairs > 0)
-    return np.asarray(trace / count - common)
+BLOCKS = 8
+"""A product with a triangular matrix is taken in this many blocks of rows, without their zeros."""
 
 
-def first_order_change(values: np.ndarray, keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True, eq=False)
+class Prefixed:
+    """A kernel with its sums over i <= m (`rows`) and over i <= m and j <= n (`sums`)."""
+
+    kernel: np.ndarray
+
+    @cached_property
+    def count(self) -> np.ndarray:
+        return np.arange(1.0, len(self.kernel) + 1)
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        return np.asarray(self.kernel.cumsum(0))
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        return np.asarray(self.rows.cumsum(1))
+
+    @cached_property
+    def variance(self) -> np.ndarray:
+        """v at each m: the prefix average of the diagonal."""
+        return np.asarray(np.diagonal(self.kernel).cumsum() / self.count)
+
+    @cached_property
+    def spread(self) -> np.ndarray:
+        """v - c at each m, c the prefix average off the diagonal; 0 at m = 1."""
+        rest = np.diagonal(self.sums) - self.variance * self.count
+        pairs = self.count * (self.count - 1)
+        common = np.divide(rest, pairs, out=self.variance.copy(), where=pairs > 0)
+        return np.asarray(self.variance - common)
+
+
+def first_order_change(values: Prefixed, keys: Prefixed, queries: np.ndarray) -> np.ndarray:
     """`first_order` less the prefix mean, for all m and n: cumulative sums and one product."""
-    count = np.arange(1.0, len(values) + 1)
+    count = values.count
     product = np.outer(count, count)
-    of_keys, of_values = keys.cumsum(0), values.cumsum(0)
-    by_column = (of_keys * of_values).cumsum(1) / count[:, None]
-    sums = of_keys.cumsum(1) * of_values.cumsum(1) / product
-    shared = queries * (prefix_sum(keys * values) - by_column - by_column.T + sums)
-    own = np.tril(np.diagonal(keys)[None, :] - 2 * of_keys / count[:, None])
+    by_column = (keys.rows * values.rows).cumsum(1) / count[:, None]
+    shared = prefix_sum(keys.kernel * values.kernel) - by_column - by_column.T
+    shared = queries * (shared + keys.sums * values.sums / product)
+    own = np.tril(np.diagonal(keys.kernel)[None, :] - 2 * keys.rows / count[:, None])
     own = np.tril(own - own.sum(1, keepdims=True) / count[:, None])
-    tilted = np.diagonal(queries)[:, None] / 2 * (own @ of_values.T)
+    tilted = np.diagonal(queries)[:, None] / 2 * _lower_product(own, values.rows.T)
     return np.asarray((shared + tilted + tilted.T) / product)
+
+
+def _lower_product(lower: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """lower @ matrix for a lower triangular matrix."""
+    edges = np.linspace(0, len(lower), min(BLOCKS, len(lower)) + 1).astype(int)
+    return np.concatenate([lower[a:b, :b] @ matrix[:b] for a, b in pairwise(edges)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +108,8 @@ class Mixing:
     not; `repeated` that it is 0 or 1 by chance.
     """
 
-    values: np.ndarray
-    keys: np.ndarray
+    values: Prefixed
+    keys: Prefixed
     queries: np.ndarray
     maps: int
     normalised: bool
@@ -88,7 +120,7 @@ class Mixing:
 
     @cached_property
     def count(self) -> np.ndarray:
-        return np.arange(1.0, len(self.values) + 1)
+        return self.values.count
 
     @cached_property
     def shorter(self) -> np.ndarray:
@@ -100,7 +132,7 @@ class Mixing:
 
     @cached_property
     def uniform(self) -> np.ndarray:
-        return np.asarray(prefix_sum(self.values) / np.outer(self.count, self.count))
+        return np.asarray(self.values.sums / np.outer(self.count, self.count))
 
     @cached_property
     def change(self) -> np.ndarray:
@@ -118,13 +150,13 @@ class Mixing:
         nothing = np.zeros_like(self.queries)
         return np.asarray(np.divide(self.queries, self.size, out=nothing, where=self.size > 0))
 
-    @cached_property
+    @property
     def value_spread(self) -> np.ndarray:
-        return spread_over_prefix(self.values)
+        return self.values.spread
 
     @cached_property
     def key_spread(self) -> np.ndarray:
-        return np.asarray(np.maximum(spread_over_prefix(self.keys), 0.0))
+        return np.asarray(np.maximum(self.keys.spread, 0.0))
 
     def over_shorter(self, by_position: np.ndarray) -> np.ndarray:
         """The entry of the shorter of the two prefixes."""
@@ -239,7 +271,7 @@ def _lost(mixing: Mixing) -> np.ndarray:
     pairs = mixing.overlap * mixing.largest_variance**2 * width
     lost = 4 * width * np.abs(mixing.fluctuation) + pairs
     if mixing.repeated:
-        diagonal = np.diagonal(mixing.values)
+        diagonal = np.diagonal(mixing.values.kernel)
         share = mixing.over_shorter(mixing.value_spread) / diagonal
         lost = lost + mixing.largest_variance * share * (1 - share) * diagonal
     return np.asarray(lost)
@@ -258,7 +290,7 @@ def _excess(mixing: Mixing, kernel: np.ndarray) -> np.ndarray:
         mixing.table.relative_variance(positions, mixing.own_variance),
         mixing.n_heads,
     )
-    common = np.diagonal(mixing.values).cumsum() / mixing.count - mixing.value_spread
+    common = mixing.values.variance - mixing.value_spread
     share = 1 - common / np.diagonal(kernel)
     r = np.clip(mixing.correlation, 0.0, 1.0)
     delta = delta * share**2
@@ -282,8 +314,8 @@ def _move(
     values, keys, queries = kernels
     freedom = symbols["d"] - (1 if traits.centred else 0)
     mixing = Mixing(
-        values,
-        keys,
+        Prefixed(values),
+        Prefixed(keys),
         queries,
         traits.maps - 1,
         traits.fixed_norm,
@@ -293,11 +325,10 @@ def _move(
         traits.repeated,
     )
     kernel, lost, excess = treatment(mixing)
-    product = np.outer(mixing.count, mixing.count)
-    of_values, of_keys = (prefix_sum(part) / product for part in dropped[:2])
-    scale = np.diagonal(keys).cumsum() / mixing.count
-    of_logits = of_keys / np.sqrt(np.outer(scale, scale)) + dropped[2] / mixing.size
-    inherited = of_values + np.abs(kernel - mixing.uniform) * of_logits
+    of_values = prefix_sum(dropped[0]) / np.outer(mixing.count, mixing.count)
+    # Queries, keys and values read one place: what is relative to the one is to the others.
+    scale = np.sqrt(mixing.values.variance)
+    inherited = of_values + 2 * np.abs(kernel - mixing.uniform) * of_values / np.outer(scale, scale)
     root = np.sqrt(np.diagonal(kernel))
     return Moved(kernel, (lost + inherited) / np.outer(root, root), excess)
 
@@ -401,7 +432,7 @@ def _participate(
 ) -> Moved:
     """The algorithm of a pattern: from queries and keys to E a_mn^2, the same for all n."""
     queries, keys = kernels
-    variance = np.diagonal(queries) * np.maximum(spread_over_prefix(keys), 0.0)
+    variance = np.diagonal(queries) * np.maximum(Prefixed(keys).spread, 0.0)
     count = np.arange(1.0, n_ctx + 1)
     value, beyond = (form.numbers(count, variance, symbols) for form in (grown, lost))
     relative = beyond / value + np.diagonal(dropped[0]) / np.diagonal(queries)
