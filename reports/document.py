@@ -52,7 +52,18 @@ def render(run: Run) -> str:
     pictures = [figures.svg(verdict) for verdict in run.verdicts]
     command = run.reproduce() if run.info.get("arguments") else None
     entries = list(zip(run.verdicts, pictures, strict=True))
-    return template.render(run=run, entries=entries, counts=counts, command=command)
+    page = template.render(run=run, entries=entries, counts=counts, command=command)
+    return share_glyphs(page)
+
+
+GLYPH = re.compile(r'<symbol id="(STIX\w+)".*?</symbol>', re.DOTALL)
+
+
+def share_glyphs(page: str) -> str:
+    """The page with each glyph of its formulas drawn once, at the top: a tenth of the size."""
+    glyphs = {found.group(1): found.group(0) for found in GLYPH.finditer(page)}
+    drawn = f'<svg width="0" height="0" style="position:absolute">{"".join(glyphs.values())}</svg>'
+    return GLYPH.sub("", page).replace("<body>", f"<body>\n{drawn}", 1)
 
 
 def write(run: Run, directory: str | Path) -> Path:

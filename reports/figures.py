@@ -24,6 +24,7 @@ STYLE: Any = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "svg.hashsalt": "nope",
+    "svg.fonttype": "none",
 }
 
 
@@ -106,7 +107,7 @@ def _distribution(figure: Figure, verdict: Verdict) -> None:
         axes.set_xlabel("x")
     left.set_ylabel("share at or below")
     right.set_ylabel("less the prediction")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(framealpha=0.8, edgecolor="none", fontsize=8)
 
 
 def _curve(figure: Figure, verdict: Verdict) -> None:
@@ -123,7 +124,7 @@ def _curve(figure: Figure, verdict: Verdict) -> None:
         left.set_yscale("log")
     left.set_ylabel(verdict.question["observable"].replace("_", " "))
     right.set_ylabel("over the prediction")
-    left.legend(frameon=False, fontsize=8)
+    left.legend(framealpha=0.8, edgecolor="none", fontsize=8)
 
 
 def _spans_decades(values: np.ndarray) -> bool:
@@ -197,7 +198,7 @@ def _steps(figure: Figure, verdict: Verdict) -> None:
         if columns.max() > 16:
             axes.set_xscale("log")
     grid[0].set_ylabel("step of the cosine")
-    grid[0].legend(frameon=False, fontsize=8)
+    grid[0].legend(framealpha=0.8, edgecolor="none", fontsize=8)
 
 
 def _single(figure: Figure, verdict: Verdict) -> None:

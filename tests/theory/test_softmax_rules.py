@@ -14,10 +14,10 @@ from theory.formulas.wick import first_order
 from theory.kernel import J, K, Q
 from theory.rules.softmax import (
     Mixing,
+    Prefixed,
     _any_temperature,
     _first_order,
     first_order_change,
-    spread_over_prefix,
 )
 from theory.symbols import m, n
 
@@ -82,10 +82,10 @@ PAIRS = [(row, column) for row in range(LENGTH) for column in range(LENGTH)]
 @pytest.mark.parametrize("roots", ROOTS, ids=["one", "two"])
 def test_the_cumulative_sums_by_power_series_in_rationals(roots):
     """Prefix mean and change, at every pair of positions up to 5."""
-    values, keys, queries = map(kernel, roots)
+    values, keys, queries = (kernel(root).astype(float) for root in roots)
     every = np.arange(1, LENGTH + 1)
     mean = values.cumsum(0).cumsum(1) / np.outer(every, every)
-    found = mean + first_order_change(*(k.astype(float) for k in (values, keys, queries)))
+    found = mean + first_order_change(Prefixed(values), Prefixed(keys), queries)
     expected = [[float(by_power_series(*roots, r, c)) for c in every - 1] for r in every - 1]
     assert np.abs(found - expected).max() <= 1e-12 * np.abs(expected).max()
 
@@ -143,7 +143,7 @@ def exchangeable(common, length=LONGEST):
 
 def mixing(spread, shared, common=0.5, length=LONGEST, d_h=np.inf):
     """One attention whose logits have variance s^2 beyond what all keys share; no fluctuation."""
-    keys = exchangeable(common, length)
+    keys = Prefixed(exchangeable(common, length))
     queries = spread**2 / (1 - common) * exchangeable(shared, length)
     return Mixing(
         values=keys,
@@ -267,7 +267,8 @@ def test_equal_keys_are_attended_uniformly():
     rng = np.random.default_rng(0)
     root = rng.standard_normal((6, 6))
     values = root @ root.T
-    attention = Mixing(values, np.ones((6, 6)), 9 * np.ones((6, 6)), 0, True, np.inf, 8, 2)
+    same = np.ones((6, 6))
+    attention = Mixing(Prefixed(values), Prefixed(same), 9 * same, 0, True, np.inf, 8, 2)
     for treatment in (_first_order, _any_temperature):
         found, dropped, excess = treatment(attention)
         assert np.abs(found - attention.uniform).max() <= TABLED * np.abs(values).max()
@@ -283,13 +284,13 @@ def test_the_spread_of_a_prefix_by_its_definition():
     for length in range(2, 7):
         head = values[:length, :length]
         expected.append(head.trace() / length - head[~np.eye(length, dtype=bool)].mean())
-    assert np.abs(spread_over_prefix(values) - expected).max() <= 1e-13 * np.abs(values).max()
+    assert np.abs(Prefixed(values).spread - expected).max() <= 1e-13 * np.abs(values).max()
 
 
-@pytest.mark.parametrize("d_h", [1, 4])
-def test_narrow_heads_by_sampling(d_h):
+@pytest.mark.parametrize(("d_h", "spread"), [(1, 0.4), (4, 0.8)])
+def test_narrow_heads_by_sampling(d_h, spread):
     """The diagonal with |q|^2 of d_h degrees: logits s |q|/sqrt(d_h) z, five standard errors."""
-    spread, rng = 0.8, np.random.default_rng(d_h)
+    rng = np.random.default_rng(d_h)
     values, _, _ = _any_temperature(mixing(spread, 0.5, 0.0, d_h=d_h))
     for last in POSITIONS:
         draws = 400_000 // last
