@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
 
-.PHONY: verify test check format report clean
+.PHONY: verify test check format report bench clean
 
 verify: $(READY)  ## hold every claim of the papers against real layers, GPT-2 small's sizes
 	$(BIN)/nope verify --out runs/default
@@ -16,6 +16,9 @@ runs/default/run.json:
 
 test: $(READY)  ## the tests, on every core
 	$(BIN)/pytest -n auto --dist worksteal -q
+
+bench: $(READY)  ## speed and memory, each against a baseline in the same run
+	$(BIN)/python benchmarks/theory.py
 
 check: $(READY)  ## lint, format, types, the direction of imports
 	$(BIN)/ruff check .

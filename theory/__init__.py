@@ -5,16 +5,18 @@
 d**2*sigma**4
 
 `theory.predict(question)` answers a `nope.Question` with values, status and remainder;
-`theory.derive(architecture, init, place)` gives the steps; `theory.claims()` lists what the papers
-say; `theory.formulas()` is the mathematics by name.
+`theory.law(question)` is a whole distribution; `theory.derive(architecture, init, place)` gives the
+steps; `theory.claims()` lists what the papers say; `theory.formulas()` is the mathematics by name,
+and `theory.validity(formula)` says where one of them holds.
 """
 
 from theory.claims import Claim, Setting, claims
 from theory.derivation import Derivation, derive
 from theory.formula import Formula, Status
 from theory.formulas import formula, formulas
+from theory.laws import law
 from theory.predict import Prediction, predict
-from theory.relations import Equals, Identical, Ordered
+from theory.relations import Equals, Identical, Law, Ordered, Rate
 from theory.validity import validity
 
 __all__ = [
@@ -23,14 +25,17 @@ __all__ = [
     "Equals",
     "Formula",
     "Identical",
+    "Law",
     "Ordered",
     "Prediction",
+    "Rate",
     "Setting",
     "Status",
     "claims",
     "derive",
     "formula",
     "formulas",
+    "law",
     "predict",
     "validity",
 ]

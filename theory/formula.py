@@ -129,6 +129,7 @@ def compile_number_form(expr: sp.Expr, arguments: tuple[sp.Symbol, ...]) -> Call
     """The NumPy function of an expression.
 
     Quotients of Gamma functions go through their logarithms: Gamma itself overflows at 172.
+    Common subexpressions are computed once.
     """
     if expr.has(sp.gamma):
         expr = expr.replace(sp.gamma, lambda argument: sp.exp(LogGamma(argument)))
@@ -142,7 +143,11 @@ def compile_number_form(expr: sp.Expr, arguments: tuple[sp.Symbol, ...]) -> Call
         }
     )
     compiled: Callable[..., Any] = sp.lambdify(
-        arguments, expr, modules=[{**_NAMESPACE, **numeric}, "scipy", "numpy"], printer=printer
+        arguments,
+        expr,
+        modules=[{**_NAMESPACE, **numeric}, "scipy", "numpy"],
+        printer=printer,
+        cse=True,
     )
     return compiled
 

@@ -22,7 +22,7 @@ import sympy as sp
 
 from nope.architecture import Architecture
 from nope.init import law_of
-from nope.operations import Softmax, Uniform
+from nope.operations import Normalise, Softmax, Uniform
 from nope.questions import Question
 from theory import symmetry
 from theory.bindings import bindings, local_bindings
@@ -391,7 +391,18 @@ class _Values:
 
 
 def rules_to(architecture: Architecture, place: str, fidelity: Fidelity) -> dict[str, Rule]:
-    """The rules that the kernel at `place` needs, in order of computation."""
+    """The rules that the kernel at `place` needs, in order of computation.
+
+    Raises `NotImplementedError` where an operation has none.
+    """
+    if architecture.d_model == 1 and any(
+        isinstance(operation, Normalise) and operation.kind == "layernorm"
+        for operation in architecture.upstream(place)
+    ):
+        raise NotImplementedError(
+            "expected d_model of at least 2 behind a LayerNorm (one centred coordinate is 0), "
+            f"got 1 at {place}; use norm='rmsnorm'"
+        )
     traits: dict[str, Traits] = {}
     rules: dict[str, Rule] = {}
     for operation in architecture.upstream(place):

@@ -156,17 +156,18 @@ class KernelValues:
         An estimate needs no more digits, and duals are dear.
         """
         names = {argument.name for argument in _compiled(rule.remainder)[1]}
-        if not (self._all_pairs and view == "mn" and {"K_mn", "K_mm", "K_nn"} <= names):
+        alone = {"K_mn", "K_mm", "K_nn"} <= names and not {"m", "n"} & names
+        if not (self._all_pairs and view == "mn" and alone and len(rule.sources) == 1):
             return self._evaluate(place, rule.remainder, view)
         kernel, diagonal = self._source(rule, 0), self.kernel(rule.sources[0], "mm")
-        if len(rule.sources) > 1 or {"m", "n"} & names or np.ptp(diagonal) > NEGLIGIBLE * diagonal[0, 0]:
+        if np.ptp(diagonal) > NEGLIGIBLE * diagonal[0, 0]:
             return self._evaluate(place, rule.remainder, view)
         nodes = np.linspace(kernel.min(), kernel.max(), TABLE)
         known = {**self._symbols[place], "p": rule.traits.maps, "K_mn": nodes}
         known |= {"K_mm": diagonal[0, 0], "K_nn": diagonal[0, 0]}
         function, arguments = _compiled(rule.remainder)
         values = np.asarray(function(*(known[argument.name] for argument in arguments)))
-        return np.interp(kernel, nodes, np.broadcast_to(values, nodes.shape))
+        return np.asarray(np.interp(kernel, nodes, np.broadcast_to(values, nodes.shape)))
 
     def _carried(self, place: str, source: str, view: View) -> np.ndarray:
         """What a place inherits of its source's remainder.

@@ -10,7 +10,7 @@ import pytest
 import sympy as sp
 
 from theory.formula import Status
-from theory.formulas import depth
+from theory.formulas import collapse, depth
 from theory.formulas.depth import (
     CesaroPower,
     Harmonic,
@@ -24,7 +24,11 @@ from theory.symbols import ell, g, i, j, m, n
 
 SIZE, DEEPEST = 12, 6
 PROMISE = 1e-9
-FORMULAS = {formula.name.removeprefix("depth."): formula for formula in depth.formulas()}
+FORMULAS = {
+    formula.name.removeprefix("depth."): formula
+    for module in (depth, collapse)
+    for formula in module.formulas()
+}
 EVERY = np.arange(1, SIZE + 1)
 PAIRS = list(product(range(1, SIZE + 1), repeat=2))
 

@@ -153,11 +153,17 @@ def test_the_residual_stream_is_symbolic():
     assert sp.expand(derive(architecture, None, "blocks.0.resid_mid").result - expected) == 0
 
 
+def forget():
+    """Drop the derivations and the predictions that this process keeps."""
+    derive.cache_clear()
+    theory.predict.cache_clear()
+
+
 @pytest.fixture
 def fresh_derivations():
-    derive.cache_clear()
+    forget()
     yield
-    derive.cache_clear()
+    forget()
 
 
 @pytest.mark.usefixtures("fresh_derivations")
@@ -193,19 +199,18 @@ def test_changing_the_value_map_alone_changes_what_reads_it(monkeypatch):
     assert differ == {"v", "z", "attn_out", "resid_post"}
 
 
+@pytest.mark.usefixtures("fresh_derivations")
 def test_numbers_come_from_the_rules(monkeypatch):
     """Doubling the variance in the linear rule quadruples the number predicted for attn_out."""
     architecture = nope.decoder(16, 4, n_ctx=4, d_ff=0, attention="uniform")
     question = nope.Question(architecture, normal(0.1), "blocks.0.attn_out", "second_moment")
-    derive.cache_clear()
     plain = theory.predict(question).values
     from theory.rules import linear
 
     honest = linear.variance_of
-    derive.cache_clear()
+    forget()
     monkeypatch.setattr(linear, "variance_of", lambda weight: 2 * honest(weight))
     doubled = theory.predict(question).values
-    derive.cache_clear()
     assert (doubled == 4 * plain).all()
 
 

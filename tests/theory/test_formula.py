@@ -162,7 +162,7 @@ MODERATE = {"ell": (0, 12), "d_h": (8, 128), "H": (1, 16)}
 
 
 def random_point(formula, rng, large):
-    """Numbers in the symbols' domains; j < k < i, |c| <= sqrt(ab) and p_3 <= p_2 where they meet."""
+    """Numbers in the symbols' domains, ordered where they must be: j < k < i, |c| <= sqrt(ab)."""
     point = {}
     for name, entry in formula.symbols.items():
         if name in MODERATE:

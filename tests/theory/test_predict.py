@@ -2,6 +2,7 @@
 
 import time
 import tracemalloc
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -15,6 +16,7 @@ from nope.init import Normal, Zero, normal
 from nope.questions import Question, Weights, position_grid
 from theory.bindings import bindings
 from theory.derivation import derive
+from theory.predict import _Predictor
 from theory.predict import predict as ask
 from theory.propagation import KernelValues
 
@@ -422,6 +424,35 @@ def test_a_single_position(attention):
         assert predicted(architecture, place, "second_moment").values.shape == (1,)
     found = predicted(architecture, "blocks.0.attn_out", "second_moment")
     assert close(found.values, np.array([GAIN]))
+
+
+@pytest.mark.parametrize("token", [1.0, 1e-3])
+def test_what_is_exact_does_not_depend_on_the_unit(token):
+    """A ReLU's kernel is of leading order off the diagonal, whatever the size of its input."""
+    architecture = nope.decoder(
+        D,
+        4,
+        n_ctx=3,
+        norm_position="none",
+        activation="relu",
+        attention="uniform",
+        tokens=nope.GaussianTokens(token),
+    )
+    found = predicted(architecture, "blocks.0.mlp_out", "kernel", std=1e-3)
+    assert found.status is LEADING
+    assert (found.remainder[0, 1:] > 0.01 * found.values[0, 0]).all()
+
+
+def test_a_remainder_that_is_not_a_number_is_not_exact(monkeypatch):
+    """NaN is more than nothing."""
+
+    def broken(predictor):
+        return np.ones(5), np.full(5, np.nan)
+
+    monkeypatch.setattr(_Predictor, "_second_moment", broken)
+    question = Question(layer(n_heads=2), normal(STD), "embed", "second_moment")
+    with suppress(ValueError, FloatingPointError):
+        assert ask(question).status is not EXACT
 
 
 def test_the_smallest_width():

@@ -16,7 +16,7 @@ from theory.bindings import local_bindings
 from theory.kernel import Traits
 from theory.predict import rules_to
 from theory.propagation import KernelValues, all_pairs
-from theory.rules import attention, rule_for, softmax
+from theory.rules import rule_for, softmax
 
 FIDELITIES = ("uniform", "first_order", "any_temperature")
 
@@ -69,7 +69,7 @@ def general_rules(architecture, place):
     return rules
 
 
-def forced(width, std, n_ctx=12):
+def forced(width, std, n_ctx=6):
     """Both treatments of the first layer: largest gap of the kernels over sqrt(K_mm K_nn)."""
     architecture = nope.decoder(width, 4, n_ctx=n_ctx, d_ff=0)
     place, init = "blocks.0.attn.z", normal(std)
@@ -86,7 +86,7 @@ def forced(width, std, n_ctx=12):
 
 
 @pytest.mark.parametrize("rows", [slice(1, None), slice(0, 1)], ids=["from m = 2", "m = 1"])
-@pytest.mark.parametrize("s2", [0.05, 1.0])
+@pytest.mark.parametrize("s2", [0.05, 0.9])
 def test_the_general_algorithm_equals_the_first_layers_law(s2, rows):
     """Two treatments of independent tokens: within their remainders, and their gap falls as 1/d^2.
 
@@ -107,7 +107,7 @@ def test_a_huge_vocabulary_is_independent_tokens():
     many = nope.EmbeddingTokens(vocabulary=10**8)
     found = []
     for tokens in (few, many):
-        architecture = nope.decoder(128, 4, n_ctx=12, d_ff=0, tokens=tokens)
+        architecture = nope.decoder(128, 4, n_ctx=6, d_ff=0, tokens=tokens)
         question = Question(architecture, normal(128**-0.5), "blocks.0.attn_out", "kernel")
         found.append(theory.predict(question, "any_temperature"))
     gap = np.abs(found[1].values - found[0].values)[1:, 1:]
@@ -264,3 +264,10 @@ def test_two_layers_against_real_ones(name, heads):
         gap = np.abs(theory_says.values - found.mean)
         beyond = gap - theory_says.remainder - 5 * found.standard_error
         assert beyond.max() <= 1e-6, (question.observable, beyond.argmax() + 1)
+
+
+def test_logits_of_any_size_have_an_answer():
+    """s = 2 over narrow heads: where one treatment has no numbers another answers."""
+    architecture = nope.decoder(16, 4, 2, 0, n_ctx=4)
+    question = Question(architecture, normal((2 / 16) ** 0.5), "blocks.1.attn_out", "second_moment")
+    assert np.isfinite(theory.predict(question).values).all()

@@ -6,26 +6,32 @@ import pytest
 import sympy as sp
 
 from theory.formula import Status
-from theory.formulas import softmax
+from theory.formulas import softmax, softmax_expansions, softmax_table
 from theory.formulas.softmax import (
     BreakdownLength,
     Entropy,
     Participation,
     ParticipationFiniteHead,
     ParticipationSecondMoment,
-    ParticipationTable,
     SharedTilt,
     Tilt,
     Transforms,
-    long_prefix,
     mixed,
+)
+from theory.formulas.softmax_expansions import (
+    long_prefix,
     participation_expansion,
     tilt_expansion,
 )
+from theory.formulas.softmax_table import ParticipationTable
 from theory.symbols import d, m, s
 
 MEANS = (Participation, Tilt, SharedTilt, ParticipationSecondMoment, Entropy)
-FORMULAS = {formula.name: formula for formula in softmax.formulas()}
+FORMULAS = {
+    formula.name: formula
+    for module in (softmax, softmax_expansions)
+    for formula in module.formulas()
+}
 PROMISE = 1e-8
 SPREADS = (1e-3, 0.3, 1.0, 3.0, 10.0, 30.0)
 
@@ -496,9 +502,9 @@ def test_a_table_broadcasts_like_its_entries():
 def test_equal_tables_are_built_once():
     """The coefficients are kept by the table's arguments."""
     ParticipationTable(12, 0.5, 4)(1, 0.1)
-    before = softmax._logarithms.cache_info()
+    before = softmax_table._logarithms.cache_info()
     ParticipationTable(12, 0.5, 4)(2, 0.2)
-    after = softmax._logarithms.cache_info()
+    after = softmax_table._logarithms.cache_info()
     assert (after.misses, after.hits) == (before.misses, before.hits + 1)
 
 
@@ -529,7 +535,7 @@ def test_temperatures_out_of_reach_are_refused(monkeypatch):
     """What no lattice follows, and what no polynomial of the largest degree does."""
     with pytest.raises(ValueError, match=r"up to 300, got 301\.0; lower s"):
         Participation.numbers(2, 301.0)
-    monkeypatch.setattr(softmax, "DEGREES", (8,))
+    monkeypatch.setattr(softmax_table, "DEGREES", (8,))
     with pytest.raises(ValueError, match=r"up to 8, got more; lower s_max"):
         ParticipationTable(7, 2.0, 32)(1, 0.0)
 

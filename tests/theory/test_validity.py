@@ -9,19 +9,11 @@ import nope
 import theory
 from nope.tokens import GaussianTokens
 from reports.cli import app
+from theory.boundaries import STREAM, entries, growth, growth_with_floor
 from theory.claims import select
 from theory.formulas.softmax import Participation, SharedTilt
-from theory.validity import (
-    DEFAULTS,
-    STREAM,
-    Asked,
-    Better,
-    decided,
-    entries,
-    growth,
-    growth_with_floor,
-    validity,
-)
+from theory.references import DEFAULTS, Asked, Better
+from theory.validity import decided, validity
 from theory.validity import verdict as verdict_of
 
 TOLERANCE = 0.025

@@ -16,12 +16,15 @@ def formulas() -> Mapping[str, Formula]:
     """Every formula by name."""
     from theory.formulas import (
         attention,
+        collapse,
         cosine,
         depth,
         duals,
+        laws,
         norm,
         outputs,
         softmax,
+        softmax_expansions,
         stream,
         tokens,
         weingarten,
@@ -31,13 +34,16 @@ def formulas() -> Mapping[str, Formula]:
         norm,
         attention,
         softmax,
+        softmax_expansions,
         outputs,
         stream,
         cosine,
         duals,
         depth,
+        collapse,
         tokens,
         weingarten,
+        laws,
     )
     return {found.name: found for module in modules for found in module.formulas()}
 

@@ -280,66 +280,6 @@ def two_layer_covariance() -> sp.Expr:
     return total / (m * n)
 
 
-# --- collapse onto the first token --------------------------------------------------------
-
-
-def ratio(j: int, gain: sp.Expr | None = None) -> sp.Expr:
-    """Eigenvalue j of I + gain C over the largest, (1 + gain/j)/(1 + gain); of C alone, 1/j."""
-    return sp.Rational(1, j) if gain is None else (1 + gain / j) / (1 + gain)
-
-
-def missing_weight(gain: sp.Expr | None = None) -> tuple[sp.Expr, sp.Expr]:
-    """What position m has not yet put on the first token, to leading order, and the remainder.
-
-    (m-1) r_2^ell, at most binom(m-1, 2) r_3^ell too large (r_j = `ratio`): Bonferroni's
-    inequalities on 1 - (1-X)^(m-1), with E X^(j-1) = r_j^ell.
-    """
-    pairs = (m - 1) * (m - 2) / 2
-    return (m - 1) * ratio(2, gain) ** ell, pairs * ratio(3, gain) ** ell
-
-
-def missing_cosine(gain: sp.Expr | None = None) -> tuple[sp.Expr, sp.Expr]:
-    """1 - cos of rows m and n of C^ell or (I + gain C)^ell, to leading order, and the remainder.
-
-    The rows lean from e_1 towards e_2 by the angles (m-1) r_2^ell and (n-1) r_2^ell.  The next
-    term is -(m-n)^2 (m+n-3) (r_2 r_3)^ell; m + n in its place covers what follows.
-    """
-    second, third = ratio(2, gain), ratio(3, gain)
-    return (m - n) ** 2 * second ** (2 * ell) / 2, (m - n) ** 2 * (m + n) * (second * third) ** ell
-
-
-def missing_cosine_of_random_values() -> tuple[sp.Expr, sp.Expr]:
-    """The same for `RandomValueKernel`, whose eigenvalues are q_ij = (1 + g/(ij))/(1 + g).
-
-    (m-n)^2 (q_22^ell - q_12^(2 ell)/2).  The terms of q_12 and q_13 themselves are sums of a
-    function of m and one of n, which the norms cancel.  Next comes
-    -(3/2) (m-n)^2 (m+n-3) q_23^ell; m + n covers what follows.
-    """
-    leading = ratio(4, g) ** ell - ratio(2, g) ** (2 * ell) / 2
-    return (m - n) ** 2 * leading, 3 * (m - n) ** 2 * (m + n) * ratio(6, g) ** ell / 2
-
-
-def moves_to_the_first_token() -> sp.Expr:
-    """1 + H_(m-1) for m > 1 and 0 for m = 1: how many layers a walk takes on average.
-
-    The generating function of their number is z prod_{j=2}^m (1 - 1/j)/(1 - z/j): one move and,
-    for each j, an independent geometric variable of mean 1/(j-1).
-    """
-    return 1 + Harmonic(m - 1) - sp.KroneckerDelta(m, 1)
-
-
-def half_collapse() -> tuple[sp.Expr, sp.Expr]:
-    """Where (C^ell)_m1, continued to real ell, is 1/2: H_(m-1) + 1/3, and the remainder.
-
-    (C^ell)_m1 is the probability that a Gamma(ell) variable exceeds the largest of m-1 unit
-    exponentials.  Their difference has mean ell - H_(m-1) and lies a third of that lower in the
-    median; in ell the next term of Cornish and Fisher's series tends to
-    -(zeta(2) + zeta(3) + 8/135)/(3 ln m) = -0.97/ln m.
-    """
-    depth = Harmonic(m - 1) + sp.Rational(1, 3)
-    return depth, 1 / depth
-
-
 # --- floats: positive terms only ----------------------------------------------------------
 
 
@@ -457,12 +397,9 @@ def _expect_counts(**values: object) -> None:
 
 
 def formulas() -> Iterator[Formula]:
-    """Weights, kernels and the collapse of stacks of uniform attention."""
+    """Weights and kernels of stacks of uniform attention."""
     yield from _weights()
     yield from _kernels()
-    yield from _collapse()
-    yield from _collapse_of_cosines()
-    yield from _collapse_depths()
 
 
 def _weights() -> Iterator[Formula]:
@@ -525,91 +462,4 @@ def _kernels() -> Iterator[Formula]:
         Status.EXACT,
         "derived here",
         r"\sum_{k} \binom{\ell}{k} g^{k} \left(C^{k} C'^{k}\right)_{mn}",
-    )
-
-
-def _collapse() -> Iterator[Formula]:
-    yield Formula(
-        "depth.first_token_weight",
-        CesaroPower(m, 1, ell),
-        "The weight of the first token after ell layers of uniform attention: it tends to 1.",
-        Status.EXACT,
-        "derived here",
-        r"\left(C^{\ell}\right)_{m1}",
-    )
-    yield _leading(
-        "depth.collapse",
-        missing_weight(),
-        "All weight moves to the first token: what is left halves with every layer.",
-        r"1 - \left(C^{\ell}\right)_{m1}",
-    )
-    yield Formula(
-        "depth.first_token_weight_residual",
-        ResidualPower(m, 1, ell, beta) / (1 + beta) ** ell,
-        "The weight of the first token after ell layers x -> x + beta C x, rows summing to 1.",
-        Status.EXACT,
-        "derived here",
-        r"\left((I + \beta C)^{\ell}\right)_{m1} / (1 + \beta)^{\ell}",
-    )
-    yield _leading(
-        "depth.collapse_residual",
-        missing_weight(beta),
-        "A residual slows the collapse: what is left falls by (1 + beta/2)/(1 + beta) a layer "
-        "(beta >= 0).",
-        r"1 - \left((I + \beta C)^{\ell}\right)_{m1} / (1 + \beta)^{\ell}",
-    )
-
-
-def _collapse_of_cosines() -> Iterator[Formula]:
-    yield _leading(
-        "depth.collapse_cosine",
-        missing_cosine(),
-        "The kernel cosine of any two positions of C^ell x tends to 1.",
-        r"1 - \cos(m, n)",
-    )
-    yield _leading(
-        "depth.collapse_cosine_residual",
-        missing_cosine(beta),
-        "The kernel cosine of any two positions of (I + beta C)^ell x tends to 1 (beta >= 0).",
-        r"1 - \cos(m, n)",
-    )
-    yield _leading(
-        "depth.collapse_cosine_random_values",
-        missing_cosine_of_random_values(),
-        "With random value maps and residual the kernel cosine of any two positions tends to 1.",
-        r"1 - \cos(m, n)",
-    )
-
-
-def _collapse_depths() -> Iterator[Formula]:
-    yield Formula(
-        "depth.collapse_depth",
-        moves_to_the_first_token(),
-        "The sum over depths of the weight that is not yet on the first token: the mean number "
-        "of layers that a uniform walk takes to it.",
-        Status.EXACT,
-        "derived here",
-        r"\sum_{\ell \geq 0} \left(1 - \left(C^{\ell}\right)_{m1}\right)",
-    )
-    yield Formula(
-        "depth.collapse_depth_residual",
-        (1 + 1 / beta) * moves_to_the_first_token(),
-        "A residual makes the walk to the first token longer by the factor 1 + 1/beta (beta > 0).",
-        Status.EXACT,
-        "derived here: a layer moves the walk with probability beta/(1 + beta)",
-        r"\sum_{\ell \geq 0} \left(1 - \left((I + \beta C)^{\ell}\right)_{m1} "
-        r"/ (1 + \beta)^{\ell}\right)",
-    )
-    yield _leading(
-        "depth.half_collapse",
-        half_collapse(),
-        "The depth at which position m has half of its weight on the first token (m > 1).",
-        r"\ell_{1/2}",
-    )
-
-
-def _leading(name: str, law: tuple[sp.Expr, sp.Expr], statement: str, left: str) -> Formula:
-    expr, remainder = law
-    return Formula(
-        name, expr, statement, Status.LEADING_ORDER, "derived here", left, remainder=remainder
     )

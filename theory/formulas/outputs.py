@@ -19,13 +19,13 @@ from theory.formulas.softmax import (
     Participation,
     ParticipationFiniteHead,
     ParticipationSecondMoment,
-    ParticipationTable,
     SharedTilt,
     SoftmaxMean,
     Tilt,
     Transforms,
     mixed,
 )
+from theory.formulas.softmax_table import ParticipationTable
 from theory.symbols import H, d, d_h, g, m, n, s
 
 

@@ -19,18 +19,14 @@ E sum a z = s (1 - A) by Stein's lemma.  Source of all: derived here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar
 
 import numpy as np
-import sympy as sp
-from numpy.polynomial import chebyshev
 
-from nope.checks import expect, expect_count, expect_finite
+from nope.checks import expect
 from theory.formula import Formula, Numeric, Status
-from theory.symbols import d, d_h, g, m, s
+from theory.symbols import d, d_h, m, s
 
 TAIL = 36.0
 """Integrals end where what is left is e^-TAIL of the whole, the size of float64's rounding."""
@@ -325,230 +321,12 @@ def _breakdown(spread: float, width: float) -> float:
     return np.inf
 
 
-def _power_sum(k: Any) -> sp.Expr:
-    """q_k = sum_n a_n^k of the weights; q_1 = 1."""
-    return sp.Integer(1) if k == 1 else sp.Function("q")(k)
-
-
-def _laplacian(f: sp.Expr) -> sp.Expr:
-    """sum_n d^2 f/dl_n^2 of a polynomial in power sums, from dq_k/dl_n = k (a_n^k - a_n q_k)."""
-    sums = {q: q.args[0] for q in f.atoms(sp.core.function.AppliedUndef)}
-
-    def curvature(k: sp.Integer) -> sp.Expr:
-        q, up, two = _power_sum(k), _power_sum(k + 1), _power_sum(2)
-        return k * (k * (q - up) - (1 - two) * q - k * (up - two * q))
-
-    def slopes(j: sp.Integer, k: sp.Integer) -> sp.Expr:
-        p, q = _power_sum(j), _power_sum(k)
-        cross = p * _power_sum(k + 1) + q * _power_sum(j + 1)
-        return j * k * (_power_sum(j + k) - cross + _power_sum(2) * p * q)
-
-    once = sum(f.diff(q) * curvature(k) for q, k in sums.items())
-    twice = sum(f.diff(p).diff(q) * slopes(sums[p], sums[q]) for p in sums for q in sums)
-    return sp.expand(once + twice)
-
-
-def small_logits(f: sp.Expr, order: int) -> sp.Expr:
-    """E f for a polynomial in the power sums q(k) = sum_n a_n^k, up to s^(2 order).
-
-    Wick's theorem for i.i.d. N(0, s^2) logits is E f = exp(s^2 Laplacian/2) f at l = 0, and
-    there q(k) = m^(1-k).  The Laplacian of a polynomial in power sums is another.
-    """
-    total, term = sp.Integer(0), sp.sympify(f)
-    for k in range(order + 1):
-        at_zero = term.replace(sp.Function("q"), lambda power: m ** (1 - power))
-        total += sp.factor(at_zero) * (s**2 / 2) ** k / sp.factorial(k)
-        term = _laplacian(term)
-    return total
-
-
-@cache
-def participation_expansion(order: int) -> sp.Expr:
-    """A up to s^(2 order): (1/m) (1 + (1 - 1/m) s^2 + ...)."""
-    return small_logits(_power_sum(2), order)
-
-
-@cache
-def tilt_expansion(order: int) -> sp.Expr:
-    """B up to s^(2 order).
-
-    By Stein's lemma, twice, B = A + s^2 E sum_{nn'} d^2(a_n a_n')/dl_n dl_n', and the sum is
-    1 - q_2 - 6 q_3 + 6 q_2^2.
-    """
-    q_2, q_3 = _power_sum(2), _power_sum(3)
-    curved = small_logits(1 - q_2 - 6 * q_3 + 6 * q_2**2, order - 1)
-    return small_logits(q_2, order) + sp.expand(s**2 * curved)
-
-
-@cache
-def long_prefix(kind: type[SoftmaxMean]) -> tuple[sp.Expr, sp.Expr]:
-    """The limit of m A or of B as m -> infinity, and its relative correction's factor of 1/m.
-
-    The delta method for functions of the means of e^(sz), e^(2sz) and z e^(sz).
-    """
-    X = sp.symbols("X_0 X_1 X_2", positive=True)
-    f = {Participation: X[1] / X[0] ** 2, Tilt: (X[2] / X[0]) ** 2}[kind]
-    tilts = ((1, 0), (2, 0), (1, 1))
-    theta = sp.Symbol("theta", real=True)
-
-    def mean(k: int, power: int) -> sp.Expr:
-        """E z^power e^(k s z)."""
-        return sp.exp(theta**2 / 2).diff(theta, power).subs(theta, k * s)
-
-    def covariance(i: int, j: int) -> sp.Expr:
-        (k, p), (other, q) = tilts[i], tilts[j]
-        return mean(k + other, p + q) - mean(k, p) * mean(other, q)
-
-    at = {x: mean(*tilt) for x, tilt in zip(X, tilts, strict=True)}
-    curved = sum(
-        f.diff(X[i], X[j]).subs(at) * covariance(i, j) / 2 for i in range(3) for j in range(3)
-    )
-    limit = sp.simplify(f.subs(at))
-    return limit, sp.expand(sp.simplify(sp.expand(curved / limit)))
-
-
-def breakdown_leading() -> tuple[sp.Expr, sp.Expr]:
-    """(d - 1) e^(s^2)/s^2, where the limits of (d - 1) A and B cross, and what 1/m adds to it."""
-    (participation, of_participation), (tilt, of_tilt) = map(long_prefix, (Participation, Tilt))
-    return (d - 1) * participation / tilt, sp.Abs(of_participation - of_tilt)
-
-
-DEGREES = (16, 32, 64, 128, 256)
-"""Chebyshev degrees that a table tries."""
-DROPPED = 1e-11
-"""Chebyshev coefficients below this are left out of a table."""
-
-
-@lru_cache(maxsize=32)
-def _logarithms(
-    function: type[SoftmaxMean], m_max: int, s_max: float, degrees: float
-) -> np.ndarray:
-    """Chebyshev coefficients in s^2 on [0, s_max^2] of ln mixed(function)/function(s = 0).
-
-    One row a degree, one column a position.  The logarithm of the function itself is
-    interpolated first, up to s_max^2 u for the largest node u of the mixture: a few dozen
-    temperatures serve all nodes.
-    """
-    positions = np.arange(1.0, m_max + 1)
-    u, weights = chi_square_nodes(degrees)
-    top = s_max**2 * u.max()
-
-    def logarithm(x: np.ndarray) -> np.ndarray:
-        spread = np.sqrt((x[:, None] + 1) * top / 2)
-        relative = function.numbers(positions, spread) / function.uniform(positions)
-        return np.asarray(np.log(relative))
-
-    at_one_query = _interpolate(logarithm)
-
-    def mean(x: float) -> np.ndarray:
-        basis = chebyshev.chebvander((x + 1) * u / u.max() - 1, len(at_one_query) - 1)
-        return np.asarray(weights @ np.exp(basis @ at_one_query))
-
-    return _interpolate(lambda x: np.log([mean(each) for each in x]))
-
-
-def _interpolate(function: Any) -> np.ndarray:
-    """Chebyshev coefficients of a function from points x in [-1, 1] to rows of numbers.
-
-    The degree doubles until the last eighth of the coefficients is below `DROPPED`, then what
-    is below it at the end goes.  Raises `ValueError` where no degree is enough.
-    """
-    for degree in DEGREES:
-        points = chebyshev.chebpts1(degree + 1)
-        basis = chebyshev.chebvander(points, degree)
-        coefficients: np.ndarray = 2 / (degree + 1) * basis.T @ function(points)
-        coefficients[0] /= 2
-        large = np.flatnonzero(np.abs(coefficients).max(axis=1) > DROPPED).max(initial=0)
-        if large < degree - degree // 8:
-            return coefficients[: large + 1]
-    raise ValueError(f"expected a Chebyshev degree up to {degree}, got more; lower s_max")
-
-
-@dataclass(frozen=True)
-class ParticipationTable:
-    """m P(m, s, d_h) - 1 for whole kernels: m up to `m_max`, s up to `s_max`.
-
-    A Chebyshev series in s^2 of ln m P for each position, built once for equal tables.  Off by
-    less than 1e-9 (1 + m P).  Raises `ValueError` for positions and variances outside it.
-
-    >>> table = ParticipationTable(8, 1.0, 64)
-    >>> table(np.array([2, 4, 8]), 1.0).round(6)
-    array([0.271843, 0.564519, 0.855196])
-    """
-
-    m_max: int
-    s_max: float
-    d_h: float = np.inf
-
-    def __post_init__(self) -> None:
-        expect_count("m_max", self.m_max)
-        expect_finite("s_max", self.s_max, positive=True)
-        expect(self.d_h >= 1, "d_h to be at least 1", self.d_h, "change d_h")
-
-    def __call__(self, positions: Any, variances: Any) -> np.ndarray:
-        """m P - 1 for whole positions m and variances s^2 in [0, s_max^2] that broadcast."""
-        return np.asarray(np.expm1(self.logarithm(Participation, positions, variances)))
-
-    def relative_variance(self, positions: Any, variances: Any) -> np.ndarray:
-        """P_2/P^2 - 1: the variance of sum a^2 from query to query over its squared mean."""
-        mean = self.logarithm(Participation, positions, variances)
-        square = self.logarithm(ParticipationSecondMoment, positions, variances)
-        return np.asarray(np.expm1(square - 2 * mean))
-
-    def logarithm(self, function: type[SoftmaxMean], positions: Any, variances: Any) -> np.ndarray:
-        """ln of the mixed function over its value at s = 0."""
-        columns, variances = np.asarray(positions) - 1, np.asarray(variances, dtype=float)
-        top = self.s_max**2
-        _expect_within("positions", np.asarray(positions), 1, self.m_max)
-        _expect_within("variances", variances, 0, top)
-        key: Any = function  # to mypy, SymPy's classes have no hash
-        table = _logarithms(key, self.m_max, self.s_max, self.d_h)
-        return _clenshaw(table, columns, 2 * variances / top - 1)
-
-
-def _expect_within(name: str, values: np.ndarray, low: float, high: float) -> None:
-    """Refuse an array that leaves an interval, by one part in 1e9 of rounding or more."""
-    if values.size:
-        ends = float(values.min()), float(values.max())
-        inside = ends[0] >= low and ends[1] <= high * (1 + 1e-9)
-        expect(inside, f"{name} from {low} to {high}", ends, "build a larger table")
-
-
-def _clenshaw(coefficients: np.ndarray, columns: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """sum_k coefficients[k, columns] T_k(x); columns and x broadcast."""
-    above, two_above = np.zeros(1), np.zeros(1)
-    for row in coefficients[:0:-1]:
-        above, two_above = row[columns] + 2 * x * above - two_above, above
-    return np.asarray(coefficients[0][columns] + x * above - two_above)
-
-
-def finite_width() -> sp.Expr:
-    """What a finite d changes in E|o_m|^2/d of LN'd tokens, over g, to first order in 1/d.
-
-    Given the query, a logit is |w| times a coordinate of the sphere: its excess kurtosis is
-    -6/d, and |w|^2 has a relative variance of 2/d.  In a long prefix ln m A is K(2) - 2 K(1)
-    and B_off is K'(1)^2/s^2, K the logit's cumulant generating function.  The s^2 of these
-    corrections is read off ln m A and B_off themselves, which saturate where attention
-    condenses.  A LayerNorm leaves d - 1 directions: B_off/(d - 1), not B_off/d.
-    """
-    theta = sp.Symbol("theta")
-    kurtosis, spread = -6 / d, 2 / d
-    K = s**2 * theta**2 / 2 + kurtosis * s**4 * theta**4 / 24
-    log_participation = sp.expand(K.subs(theta, 2) - 2 * K.subs(theta, 1) + spread * s**4 / 2)
-    tilt = sp.expand(K.diff(theta).subs(theta, 1) ** 2 / s**2)
-    A, B_off = Participation(m, s), SharedTilt(m, s)
-    of_participation = sp.Abs(log_participation.coeff(s, 4)) * sp.log(m * A) ** 2 * A
-    of_tilt = sp.Abs(tilt.coeff(s, 4)) * B_off**2 + B_off / d
-    return of_participation + of_tilt / d
-
-
 GAUSSIAN_LOGITS = "derived here, for i.i.d. Gaussian logits of variance s^2"
 SOFTMAX_SQUARES = r"\mathbb{E}\sum_n a_{mn}^2"
-OUTPUT = r"\mathbb{E}|o_m|^2/d"
 
 
 def formulas() -> Iterator[Formula]:
-    """Participation, tilt and entropy of a softmax, and what they make of the output."""
+    """Participation, tilt and entropy of a softmax, and where the tilt takes over."""
     A, B, B_off = (kind(m, s) for kind in (Participation, Tilt, SharedTilt))
     yield Formula(
         "attention.participation",
@@ -599,56 +377,10 @@ def formulas() -> Iterator[Formula]:
         r"-\mathbb{E}\sum_n a_{mn} \ln a_{mn}",
     )
     yield Formula(
-        "attention.participation_expansion",
-        participation_expansion(2),
-        "The participation up to s^4, by Wick's theorem for the logits.",
-        Status.LEADING_ORDER,
-        GAUSSIAN_LOGITS,
-        SOFTMAX_SQUARES,
-        remainder=sp.Abs(sp.factor(participation_expansion(3) - participation_expansion(2))),
-    )
-    yield Formula(
-        "attention.output_second_moment",
-        g * (A + B_off / d),
-        "LN'd or RMS-normed tokens, wide heads: the weights' squares and the tilt they share.",
-        Status.LEADING_ORDER,
-        "derived here, to leading order in 1/d at any s",
-        OUTPUT,
-        remainder=g * finite_width(),
-    )
-    yield Formula(
-        "attention.output_second_moment_gaussian_tokens",
-        g * ((d - 1) * A + B) / d,
-        "Gaussian tokens, wide heads: d - 1 coordinates are averaged, one is tilted.",
-        Status.LEADING_ORDER,
-        "derived here; exact but for the length of the key direction, chi^2 of d degrees",
-        OUTPUT,
-        remainder=g * sp.Abs(ParticipationFiniteHead(m, s, d) - A),
-    )
-    yield Formula(
-        "attention.floor",
-        g * s**2 / d,
-        "However long the prefix, the tilt towards the query stays: the 1/m law ends here.",
-        Status.LEADING_ORDER,
-        "derived here: the limit of attention.output_second_moment as m grows",
-        OUTPUT,
-        remainder=g * sp.Abs(A + (B_off - s**2) / d),
-    )
-    yield Formula(
         "attention.breakdown_length",
         BreakdownLength(s, d),
         "The length at which the tilt contributes as much as the averaging: (d - 1) A = B.",
         Status.EXACT,
         GAUSSIAN_LOGITS,
         "m_*",
-    )
-    leading, beyond = breakdown_leading()
-    yield Formula(
-        "attention.breakdown_length_leading",
-        leading,
-        "Where the long-prefix limits (d - 1) e^(s^2)/m and s^2 meet.",
-        Status.LEADING_ORDER,
-        "derived here by the delta method; needs e^(2 s^2) much below m",
-        "m_*",
-        remainder=beyond,
     )

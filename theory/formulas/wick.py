@@ -2,8 +2,8 @@
 
 For centred Gaussian logits E f(l) = exp(sum_pq Cov(l_p, l_q) d_p d_q / 2) f at l = 0.  The weights
 a_i of a softmax satisfy d a_i/d l_p = a_i (delta_ip - a_p) and are 1/m at l = 0, so every order is
-algebra on Kronecker deltas.  Derived here; `theory.formulas.softmax.small_logits` is the same
-theorem, to any order, for independent logits.
+algebra on Kronecker deltas.  Derived here; `theory.formulas.softmax_expansions.small_logits` is
+the same theorem, to any order, for independent logits.
 """
 
 from __future__ import annotations

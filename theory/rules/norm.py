@@ -30,7 +30,7 @@ def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) ->
     remainder = sp.Abs(rho) * (1 - rho**2) * maps / (2 * d)
     if operation.eps:
         expression = kept * K(m, n) / sp.sqrt((kept * K(m, m) + eps) * (kept * K(n, n) + eps))
-        freedom = (d - 1 if centring else d) / maps
+        freedom = (sp.Max(d - 1, 1) if centring else d) / maps
         remainder += sp.Abs(rho) * shrinkage_remainder(kept * K(m, m), eps, freedom)
     else:
         expression = rho

@@ -35,7 +35,7 @@ import sympy as sp
 from nope.operations import Mix, Operation
 from theory.formula import compile_number_form
 from theory.formulas import outputs
-from theory.formulas import softmax as law
+from theory.formulas.softmax_table import ParticipationTable
 from theory.formulas.wick import first_order
 from theory.kernel import J, K, Moved, Q, Rule, Traits
 from theory.propagation import prefix_sum
@@ -183,7 +183,7 @@ class Mixing:
         return np.asarray(np.diagonal(self.queries) * self.key_spread)
 
     @cached_property
-    def table(self) -> law.ParticipationTable:
+    def table(self) -> ParticipationTable:
         top = max(float(self.largest_variance.max()), float(self.own_variance.max()))
         return covering_table(len(self.count), top, self.d_h)
 
@@ -349,6 +349,11 @@ def _general(operation: Mix, traits: Mapping[str, Traits], name: str, how: Treat
     )
 
 
+def _freedom(traits: Traits) -> sp.Expr:
+    """The dimensions that vectors span: a LayerNorm takes one, if there is one to take."""
+    return sp.Max(d - 1, 1) if traits.centred else d
+
+
 def _query_key(traits: Traits) -> tuple[str, str]:
     assert traits.query_key is not None
     return traits.query_key
@@ -377,7 +382,7 @@ def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
     queries, keys = _query_key(traits[pattern])
     before = traits[values]
     s2, near = Q(m, m) * J(m, m), sp.KroneckerDelta(m, n)
-    given = sp.sqrt(s2), (d - 1 if before.centred else d), before.fixed_norm
+    given = sp.sqrt(s2), _freedom(before), before.fixed_norm
     mean = near * outputs.second_moment(*given) + (1 - near) * outputs.overlap(*given)
     return Rule(
         name="softmax over independent keys, any temperature",
@@ -386,7 +391,10 @@ def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
         expression=K(m, m) * mean,
         assumption="independent tokens; logits Gaussian given the query",
         source="derived here",
-        remainder=s2**2 / d * (1 - near) * sp.sqrt(m * n) / sp.Max(m, n) + 4 * s2 / d**2 * m,
+        remainder=s2**2 / d * (1 - near) * sp.sqrt(m * n) / sp.Max(m, n)
+        + 4 * s2 / d**2 * (m - 1)
+        + (outputs.width_coefficient(before.fixed_norm) * s2**2 / _freedom(before)) ** 2
+        * (1 - 1 / m),
         traits=Traits(maps=before.maps),
         excess=(1 - near) * outputs.excess(given[0]),
     )
@@ -478,10 +486,10 @@ def widened(growth: np.ndarray, fixed_norm: bool, inverse_width: float) -> np.nd
     return np.asarray(np.expm1(np.log1p(growth) + factor * np.log1p(growth) ** 2))
 
 
-def covering_table(n_ctx: int, variance: float, d_h: float) -> law.ParticipationTable:
+def covering_table(n_ctx: int, variance: float, d_h: float) -> ParticipationTable:
     """A table up to a power of two of s, so that the layers of a stack share it."""
     spread = 2.0 ** np.ceil(np.log2(np.sqrt(variance))) if variance > 0 else 1.0
-    return law.ParticipationTable(n_ctx, float(spread), d_h)
+    return ParticipationTable(n_ctx, float(spread), d_h)
 
 
 def first_order_pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
@@ -494,11 +502,11 @@ def first_order_pattern(operation: Operation, traits: Mapping[str, Traits]) -> R
 def pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
     """A/m at any temperature; the term of order 1/d is that of a long prefix."""
     before = traits[_query_key(traits[operation.inputs[0]])[1]]
-    freedom = (d - 1 if before.centred else d) / sp.Integer(before.maps - 1)
+    freedom = _freedom(before) / sp.Integer(before.maps - 1)
 
     def participation(s2: sp.Expr) -> sp.Expr:
         return m * outputs.participation(sp.sqrt(s2), freedom, before.fixed_norm)
 
     grown = TabulatedGrowth(participation, before)
-    lost = Growth(lambda s2: (2 * s2 / freedom) ** 2 + s2**2 / freedom / m)
+    lost = Growth(lambda s2: ((2 * s2 / freedom) ** 2 + s2**2 / freedom / m) * (1 - 1 / m))
     return _pattern(operation, traits, "at any temperature", grown, lost)

@@ -1,0 +1,131 @@
+"""Participations by table: every position and every temperature of a kernel at once.
+
+The quadratures of `theory.formulas.softmax` set up a lattice for each temperature, and a kernel
+has one for every pair of positions.  ln(m P) is smooth in s^2, so a Chebyshev series for each
+position, from a few dozen temperatures, serves them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.polynomial import chebyshev
+
+from nope.checks import expect, expect_count, expect_finite
+from theory.formulas.softmax import (
+    Participation,
+    ParticipationSecondMoment,
+    SoftmaxMean,
+    chi_square_nodes,
+)
+
+DEGREES = (16, 32, 64, 128, 256)
+"""Chebyshev degrees that a table tries."""
+DROPPED = 1e-11
+"""Chebyshev coefficients below this are left out of a table."""
+
+
+@lru_cache(maxsize=32)
+def _logarithms(
+    function: type[SoftmaxMean], m_max: int, s_max: float, degrees: float
+) -> np.ndarray:
+    """Chebyshev coefficients in s^2 on [0, s_max^2] of ln mixed(function)/function(s = 0).
+
+    One row a degree, one column a position.  The logarithm of the function itself is
+    interpolated first, up to s_max^2 u for the largest node u of the mixture: a few dozen
+    temperatures serve all nodes.
+    """
+    positions = np.arange(1.0, m_max + 1)
+    u, weights = chi_square_nodes(degrees)
+    top = s_max**2 * u.max()
+
+    def logarithm(x: np.ndarray) -> np.ndarray:
+        spread = np.sqrt((x[:, None] + 1) * top / 2)
+        relative = function.numbers(positions, spread) / function.uniform(positions)
+        return np.asarray(np.log(relative))
+
+    at_one_query = _interpolate(logarithm)
+
+    def mean(x: float) -> np.ndarray:
+        basis = chebyshev.chebvander((x + 1) * u / u.max() - 1, len(at_one_query) - 1)
+        return np.asarray(weights @ np.exp(basis @ at_one_query))
+
+    return _interpolate(lambda x: np.log([mean(each) for each in x]))
+
+
+def _interpolate(function: Any) -> np.ndarray:
+    """Chebyshev coefficients of a function from points x in [-1, 1] to rows of numbers.
+
+    The degree doubles until the last eighth of the coefficients is below `DROPPED`, then what
+    is below it at the end goes.  Raises `ValueError` where no degree is enough.
+    """
+    for degree in DEGREES:
+        points = chebyshev.chebpts1(degree + 1)
+        basis = chebyshev.chebvander(points, degree)
+        coefficients: np.ndarray = 2 / (degree + 1) * basis.T @ function(points)
+        coefficients[0] /= 2
+        large = np.flatnonzero(np.abs(coefficients).max(axis=1) > DROPPED).max(initial=0)
+        if large < degree - degree // 8:
+            return coefficients[: large + 1]
+    raise ValueError(f"expected a Chebyshev degree up to {degree}, got more; lower s_max")
+
+
+@dataclass(frozen=True)
+class ParticipationTable:
+    """m P(m, s, d_h) - 1 for whole kernels: m up to `m_max`, s up to `s_max`.
+
+    A Chebyshev series in s^2 of ln m P for each position, built once for equal tables.  Off by
+    less than 1e-9 (1 + m P).  Raises `ValueError` for positions and variances outside it.
+
+    >>> table = ParticipationTable(8, 1.0, 64)
+    >>> table(np.array([2, 4, 8]), 1.0).round(6)
+    array([0.271843, 0.564519, 0.855196])
+    """
+
+    m_max: int
+    s_max: float
+    d_h: float = np.inf
+
+    def __post_init__(self) -> None:
+        expect_count("m_max", self.m_max)
+        expect_finite("s_max", self.s_max, positive=True)
+        expect(self.d_h >= 1, "d_h to be at least 1", self.d_h, "change d_h")
+
+    def __call__(self, positions: Any, variances: Any) -> np.ndarray:
+        """m P - 1 for whole positions m and variances s^2 in [0, s_max^2] that broadcast."""
+        return np.asarray(np.expm1(self.logarithm(Participation, positions, variances)))
+
+    def relative_variance(self, positions: Any, variances: Any) -> np.ndarray:
+        """P_2/P^2 - 1: the variance of sum a^2 from query to query over its squared mean."""
+        mean = self.logarithm(Participation, positions, variances)
+        square = self.logarithm(ParticipationSecondMoment, positions, variances)
+        return np.asarray(np.expm1(square - 2 * mean))
+
+    def logarithm(self, function: type[SoftmaxMean], positions: Any, variances: Any) -> np.ndarray:
+        """ln of the mixed function over its value at s = 0."""
+        columns, variances = np.asarray(positions) - 1, np.asarray(variances, dtype=float)
+        top = self.s_max**2
+        _expect_within("positions", np.asarray(positions), 1, self.m_max)
+        _expect_within("variances", variances, 0, top)
+        key: Any = function  # to mypy, SymPy's classes have no hash
+        table = _logarithms(key, self.m_max, self.s_max, self.d_h)
+        return _clenshaw(table, columns, 2 * variances / top - 1)
+
+
+def _expect_within(name: str, values: np.ndarray, low: float, high: float) -> None:
+    """Refuse an array that leaves an interval, by one part in 1e9 of rounding or more."""
+    if values.size:
+        ends = float(values.min()), float(values.max())
+        inside = ends[0] >= low and ends[1] <= high * (1 + 1e-9)
+        expect(inside, f"{name} from {low} to {high}", ends, "build a larger table")
+
+
+def _clenshaw(coefficients: np.ndarray, columns: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """sum_k coefficients[k, columns] T_k(x); columns and x broadcast."""
+    above, two_above = np.zeros(1), np.zeros(1)
+    for row in coefficients[:0:-1]:
+        above, two_above = row[columns] + 2 * x * above - two_above, above
+    return np.asarray(coefficients[0][columns] + x * above - two_above)
