@@ -186,7 +186,7 @@ def row(comparison: Comparison, bench: Bench) -> tuple[str, ...]:
 
 
 def show(cells: Sequence[str]) -> None:
-    widths = (52, 8, 5, 46, 8, 9, 24)
+    widths = (52, 8, 5, 50, 8, 9, 24)
     texts = ("<", ">", ">", "<", ">", ">", "<")
     columns = (
         f"{cell:{text}{width}}" for cell, text, width in zip(cells, texts, widths, strict=True)

@@ -14,7 +14,9 @@ Any temperature.  Of keys that are exchangeable, J = c + (v - c) I, the common p
 left are i.i.d. logits of variance s^2 = Q (v - c), with E sum_n a_n^2 = (1 + f(m, s^2))/m, f the
 growth of `attention.participation_finite_head`.  So the exchangeable part of the first order is
 replaced by f at the prefix averages of v and c: exact for exchangeable keys at any s, exact to
-first order for others.  Two queries of correlation r share f(m, r s^2).
+first order for others.  Two queries of correlation r share
+(1 - 2/m) f(m, r s^2) + (2/m) r f(m, s^2), m the shorter prefix: exact at r = 0, at r = 1 for one prefix, at m = 2 to second order and
+for large m (`between_queries`).
 
 Finite width.  The empirical kernel of p random maps fluctuates by p/d about its mean, which tilts
 every query towards keys that agree with it: the floor s^2/d, and its effect on pairs of queries.
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 
 import numpy as np
@@ -35,11 +37,12 @@ import sympy as sp
 from nope.operations import Mix, Operation
 from theory.formula import compile_number_form
 from theory.formulas import outputs
+from theory.formulas.softmax_expansions import participation_expansion
 from theory.formulas.softmax_table import ParticipationTable
 from theory.formulas.wick import first_order
 from theory.kernel import J, K, Moved, Q, Rule, Traits
 from theory.propagation import prefix_sum
-from theory.symbols import d, i, j, m, n
+from theory.symbols import d, i, j, m, n, s
 
 # ------------------------------------------------------------------------- numbers
 
@@ -204,9 +207,10 @@ class Mixing:
         return self._widened(self.table(self.count.astype(int), self.own_variance))
 
     @cached_property
-    def own_beyond(self) -> np.ndarray:
-        """f less its first order, of each query."""
-        return np.asarray(self.own_growth - self.own_variance * (1 - 1 / self.count))
+    def unequal_prefixes(self) -> np.ndarray:
+        """What f less its first order differs by between two prefixes."""
+        beyond = self.own_growth - self.own_variance * (1 - 1 / self.count)
+        return np.subtract.outer(beyond, beyond)
 
     @cached_property
     def tilt_growth(self) -> np.ndarray:
@@ -239,6 +243,25 @@ class Mixing:
         return np.asarray(self.largest_variance * self.correlation)
 
 
+@cache
+def _mismatch() -> Callable[[np.ndarray], np.ndarray]:
+    """|alpha - (1 - 2/m) c_2|, compiled: c_2 the coefficient of s^4 in f, alpha that of r^2 s^4.
+
+    Wick's theorem for two queries, E = exp((s^2/2)(D + D' + 2 r sum_n d_n d'_n)), has r^2 s^4 with
+    half of sum_npq (d_p d_q a_n)^2 at uniform weights, times m: (1 - 1/m)(1 - 2/m)/2.
+    """
+    alpha = (1 - 1 / m) * (1 - 2 / m) / 2
+    second = sp.expand(m * participation_expansion(2)).coeff(s, 4)
+    gap = sp.Abs(sp.factor(alpha - (1 - 2 / m) * second))
+    compiled: Callable[[np.ndarray], np.ndarray] = compile_number_form(gap, (m,))
+    return compiled
+
+
+def between_queries(shorter: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """What the share of two queries drops at order s^4, over r (1 - r)."""
+    return np.asarray(_mismatch()(shorter) * variance**2)
+
+
 def _first_order(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
     """The kernel, what is dropped (absolutely) and the excess."""
     variance = mixing.largest_variance
@@ -250,11 +273,20 @@ def _first_order(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray | f
 def _any_temperature(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
     """The same with the exchangeable part at any s, and the fluctuation of the participation."""
     variance, r = mixing.variance, np.clip(mixing.correlation, 0.0, 1.0)
-    beyond = mixing.growth(variance) - mixing.linear(variance)
+    alike = 2 / mixing.shorter
+    growth = (1 - alike) * mixing.growth(variance) + alike * r * mixing.over_shorter(
+        mixing.own_growth
+    )
+    beyond = growth - mixing.linear(variance)
     floor = mixing.fluctuation * (1 + r * mixing.over_shorter(mixing.tilt_growth - 1))
     kernel = mixing.uniform + mixing.change + mixing.overlap * beyond + floor
     dropped = (
-        r * (1 - r) / 2 * mixing.overlap * mixing.over_shorter(mixing.own_beyond)
+        r * mixing.overlap * np.abs(mixing.unequal_prefixes)
+        + r
+        * (1 - r)
+        * mixing.overlap
+        * mixing.largest_variance**2
+        * between_queries(mixing.shorter)
         + mixing.largest_variance * np.abs(mixing.unexchangeable)
         + _lost(mixing)
     )
