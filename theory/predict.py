@@ -38,7 +38,7 @@ from theory.symbols import m, n
 Asked = Literal["uniform", "first_order", "any_temperature", "best"]
 
 NEGLIGIBLE = 1e-12
-"""Remainders below this are rounding, not something dropped."""
+"""Remainders below this share of the values are rounding, not something dropped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +234,8 @@ class _Predictor:
                 "measure it with montecarlo.measure"
             )
         values, remainder = (np.broadcast_to(x, self.question.shape) for x in answers[name]())
-        dropped = float(np.abs(remainder).max(initial=0.0)) > NEGLIGIBLE
+        size = float(np.abs(values).max(initial=0.0))
+        dropped = not (np.abs(remainder) <= NEGLIGIBLE * size).all()  # a NaN is no zero
         return Prediction(
             values,
             np.abs(remainder) if dropped else np.zeros(self.question.shape),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,9 @@ _SUM = sp.Symbol("prefix_sum")
 NEGLIGIBLE = 1e-9
 """Diagonals that differ by less are constant, but for rounding."""
 
+ROWS = 32
+"""Rows of a matrix that are computed at once."""
+
 TABLE = 1025
 """Nodes of a tabulated remainder."""
 
@@ -39,14 +43,41 @@ TABLE = 1025
 @cache
 def _compiled(expr: sp.Expr) -> tuple[Callable[..., Any], tuple[sp.Symbol, ...]]:
     """The number form of a rule: kernels become arguments, the prefix sum becomes another."""
-    flat = expr.subs(PREFIX_SUM, _SUM).subs(_ARGUMENTS)
+    flat = expr.xreplace({PREFIX_SUM: _SUM, **_ARGUMENTS})
     arguments = tuple(sorted(flat.free_symbols, key=str))
     return compile_number_form(flat, arguments), arguments
 
 
+def column_sums(matrix: np.ndarray) -> np.ndarray:
+    """Sums over i <= m, for all m: `cumsum(0)`, which walks down columns, ten times as fast."""
+    sums = np.array(matrix, dtype=float)
+    for above, row in pairwise(sums):
+        row += above
+    return sums
+
+
 def prefix_sum(matrix: np.ndarray) -> np.ndarray:
     """Sums over i <= m, j <= n, for all m and n."""
-    return np.asarray(matrix.cumsum(0).cumsum(1))
+    return np.asarray(column_sums(matrix).cumsum(1))
+
+
+def over_pairs(
+    n_ctx: int, function: Callable[[slice, slice], Sequence[np.ndarray]], results: int
+) -> list[np.ndarray]:
+    """Symmetric matrices from their entries n <= m.
+
+    `function` gives as many as `results` blocks of them, for some rows and columns: equal slices
+    on the diagonal, columns before the rows elsewhere.  Blocks of `ROWS` rows stay in the
+    processor's cache, where the steps of a long expression on whole matrices do not.
+    """
+    found = [np.empty((n_ctx, n_ctx)) for _ in range(results)]
+    for start in range(0, n_ctx, ROWS):
+        rows = slice(start, min(start + ROWS, n_ctx))
+        for columns in (slice(0, start), rows) if start else (rows,):
+            for matrix, block in zip(found, function(rows, columns), strict=True):
+                matrix[rows, columns] = block
+                matrix[columns, rows] = matrix[rows, columns].T.copy()
+    return found
 
 
 def all_pairs(n_ctx: int) -> Positions:
@@ -130,7 +161,7 @@ class KernelValues:
         return self._moved[place]
 
     def _size(self, place: str) -> np.ndarray:
-        return np.asarray(np.sqrt(self.kernel(place, "mm") * self.kernel(place, "nn")))
+        return np.asarray(np.sqrt(self.kernel(place, "mm")) * np.sqrt(self.kernel(place, "nn")))
 
     # ------------------------------------------------------------ remainders, excesses
 
@@ -143,12 +174,13 @@ class KernelValues:
         if rule.algorithm is not None:
             found = self._algorithm(place).remainder
             return found if view == "mn" else self._diagonal(found, view)
-        own: np.ndarray = np.abs(self._own_remainder(place, rule, view))
         carried = [self._carried(place, source, view) for source in rule.sources]
         if rule.carried == "shared":
             share = self._share(place, rule, view)
             carried = [share * carried[0], (1 - share) * carried[1]]
-        return np.asarray(sum(carried, own))
+        if carried and rule.remainder == 0:
+            return np.asarray(sum(carried[1:], carried[0]))
+        return np.asarray(sum(carried, np.abs(self._own_remainder(place, rule, view))))
 
     def _own_remainder(self, place: str, rule: Rule, view: View) -> np.ndarray:
         """Of the rule itself; from a table where it is a function of one correlation alone.
@@ -183,8 +215,7 @@ class KernelValues:
             averaged = self._evaluate(place, rule.expression, "mn", sums) / self._size(place)
             return averaged if view == "mn" else self._diagonal(averaged, view)
         found = self.remainder(source, view)
-        exact = (left == right) & rule.traits.normalised
-        return np.asarray(np.where(exact, 0.0, found))
+        return np.asarray(np.where(left == right, 0.0, found)) if rule.traits.normalised else found
 
     def excess(self, place: str, view: View = "mn") -> np.ndarray:
         """By how much E cos exceeds the cosine of the kernel, relatively, beyond 1/d."""
@@ -216,7 +247,7 @@ class KernelValues:
         stream = rule.sources[0]
         sides: tuple[View, View] = ("mm", "nn") if view == "mn" else (view, view)
         left, right = (self.kernel(stream, side) / self.kernel(place, side) for side in sides)
-        return np.asarray(np.sqrt(left * right))
+        return np.asarray(np.sqrt(left) * np.sqrt(right))
 
     # ------------------------------------------------------------------- evaluation
 

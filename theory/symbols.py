@@ -144,7 +144,7 @@ alpha = _register("alpha", "exponent of a Zipf law, p_v ~ v^-alpha", NON_NEGATIV
 x = _register("x", "value of a coordinate", REAL)
 v = _register("v", "variance of a coordinate", NON_NEGATIVE)
 nu = _register("nu", "degrees of freedom of a chi-square", POSITIVE, latex=r"\nu")
-maps = _register("p", "number of independent random maps behind a place", POSITIVE, "maps")
+maps = _register("p", "number of independent random maps behind a place", COUNT, "maps")
 M_jj = _register("M_jj", "diagonal entry (j, j) of M = W_O W_V", REAL)
 M_j2 = _register(
     "M_j2", "sum over i of M_ji^2, M = W_O W_V", NON_NEGATIVE, latex=r"\sum_i M_{ji}^{2}"

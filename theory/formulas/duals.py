@@ -12,7 +12,6 @@ from itertools import product
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-import scipy.special
 import sympy as sp
 
 from nope.checks import expect_choice
@@ -103,7 +102,9 @@ def error_functions(gate: Gate) -> tuple[np.ndarray, np.ndarray]:
     """Widths t and weights w with gate(x) = sum w erf(x/t)."""
     widths = np.geomspace(gate.narrow, gate.wide, WIDTHS)
     x = np.linspace(0, 10 * gate.wide, 4000)
-    basis = scipy.special.erf(x[:, None] / widths)
+    from scipy.special import erf as error_function
+
+    basis = error_function(x[:, None] / widths)
     return widths, np.linalg.lstsq(basis, gate.function(x), rcond=1e-14)[0]
 
 

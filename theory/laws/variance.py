@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import numpy as np
-from scipy.special import gammaln
 
 from theory.formulas.mehler import half_line
 
@@ -188,6 +187,8 @@ def log_laplace(freedom: float, z: np.ndarray) -> np.ndarray:
     exponent = -(z[:, None] ** 2) / (2 * freedom * law.values) + np.log(law.weights)
     top = exponent.max(1)
     total = np.log(np.exp(exponent - top[:, None]).sum(1))
+    from scipy.special import gammaln
+
     return np.asarray(gammaln(freedom / 2) - np.log(2) + top + total)
 
 

@@ -15,8 +15,8 @@ left are i.i.d. logits of variance s^2 = Q (v - c), with E sum_n a_n^2 = (1 + f(
 growth of `attention.participation_finite_head`.  So the exchangeable part of the first order is
 replaced by f at the prefix averages of v and c: exact for exchangeable keys at any s, exact to
 first order for others.  Two queries of correlation r share
-(1 - 2/m) f(m, r s^2) + (2/m) r f(m, s^2), m the shorter prefix: exact at r = 0, at r = 1 for one prefix, at m = 2 to second order and
-for large m (`between_queries`).
+(1 - 2/m) f(m, r s^2) + (2/m) r f(m, s^2), m the shorter prefix: exact at r = 0, at r = 1 for one
+prefix, at m = 2 to second order and for large m (`between_queries`).
 
 Finite width.  The empirical kernel of p random maps fluctuates by p/d about its mean, which tilts
 every query towards keys that agree with it: the floor s^2/d, and its effect on pairs of queries.
@@ -225,13 +225,15 @@ class Mixing:
         h comes from norms that do not fluctuate, and is absent where they do.
         """
         rest = 1 - 1 / self.count
-        tilt = self.correlation * np.outer(rest, rest)
+        shorter = self.over_shorter(self.value_spread)
+        added = self.largest_variance * shorter * self.correlation * np.outer(rest, rest)
         if self.normalised:
             h = rest * (1 - 2 / self.count)
-            pairs = np.add.outer(h, h) + self.correlation * self.over_shorter(h)
-            tilt = tilt - pairs / self.longer
-        values = self.over_shorter(self.value_spread)
-        return np.asarray(self.maps / self.freedom * self.largest_variance * values * tilt)
+            own = np.add.outer(h * self.own_variance, h * self.own_variance)
+            shared = self.correlation * self.largest_variance * self.over_shorter(h) * shorter
+            longer = self.value_spread[self.longer.astype(int) - 1]
+            added = added - (own * longer + shared) / self.longer
+        return np.asarray(self.maps / self.freedom * added)
 
     @cached_property
     def unexchangeable(self) -> np.ndarray:
@@ -282,11 +284,7 @@ def _any_temperature(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray
     kernel = mixing.uniform + mixing.change + mixing.overlap * beyond + floor
     dropped = (
         r * mixing.overlap * np.abs(mixing.unequal_prefixes)
-        + r
-        * (1 - r)
-        * mixing.overlap
-        * mixing.largest_variance**2
-        * between_queries(mixing.shorter)
+        + (1 - r) * r * mixing.overlap * between_queries(mixing.shorter, mixing.largest_variance)
         + mixing.largest_variance * np.abs(mixing.unexchangeable)
         + _lost(mixing)
     )
@@ -334,6 +332,18 @@ def _excess(mixing: Mixing, kernel: np.ndarray) -> np.ndarray:
 Treatment = Callable[[Mixing], tuple[np.ndarray, np.ndarray, np.ndarray | float]]
 
 
+def _within_tables(
+    treatment: Treatment, mixing: Mixing
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
+    try:
+        return treatment(mixing)
+    except ValueError as sharp:
+        raise NotImplementedError(
+            "expected logits that a table covers, got a variance of "
+            f"{mixing.own_variance.max():.3g} at d_head = {mixing.d_h:g}; use fidelity='first_order', or measure it"
+        ) from sharp
+
+
 def _move(
     treatment: Treatment,
     traits: Traits,
@@ -356,7 +366,7 @@ def _move(
         symbols["H"],
         traits.repeated,
     )
-    kernel, lost, excess = treatment(mixing)
+    kernel, lost, excess = _within_tables(treatment, mixing)
     of_values = prefix_sum(dropped[0]) / np.outer(mixing.count, mixing.count)
     # Queries, keys and values read one place: what is relative to the one is to the others.
     scale = np.sqrt(mixing.values.variance)
@@ -520,7 +530,7 @@ def widened(growth: np.ndarray, fixed_norm: bool, inverse_width: float) -> np.nd
 
 def covering_table(n_ctx: int, variance: float, d_h: float) -> ParticipationTable:
     """A table up to a power of two of s, so that the layers of a stack share it."""
-    spread = 2.0 ** np.ceil(np.log2(np.sqrt(variance))) if variance > 0 else 1.0
+    spread = 2.0 ** np.ceil(np.log2(np.sqrt(variance)) - 1e-9) if variance > 0 else 1.0
     return ParticipationTable(n_ctx, float(spread), d_h)
 
 
