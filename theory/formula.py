@@ -147,7 +147,7 @@ def compile_number_form(expr: sp.Expr, arguments: tuple[sp.Symbol, ...]) -> Call
         expr,
         modules=[{**_NAMESPACE, **numeric}, "scipy", "numpy"],
         printer=printer,
-        cse=True,
+        cse=not expr.has(sp.erfc),  # it would turn erfc(-x) into 2 - erfc(x), losing the tail
     )
     return compiled
 

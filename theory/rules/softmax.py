@@ -340,7 +340,8 @@ def _within_tables(
     except ValueError as sharp:
         raise NotImplementedError(
             "expected logits that a table covers, got a variance of "
-            f"{mixing.own_variance.max():.3g} at d_head = {mixing.d_h:g}; use fidelity='first_order', or measure it"
+            f"{mixing.own_variance.max():.3g} at d_head = {mixing.d_h:g}; "
+            "use fidelity='first_order', or measure it"
         ) from sharp
 
 
