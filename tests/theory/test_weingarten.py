@@ -142,7 +142,8 @@ def test_weingarten_in_closed_form():
 @pytest.mark.parametrize("size", [2, 4, 6])
 def test_haarpy_agrees(size):
     """An independent implementation, by zonal spherical functions, in the symbol d."""
-    haarpy = pytest.importorskip("haarpy")
+    import haarpy  # slow to import, and only needed here
+
     words = index_patterns(size, 3)
     for rows, columns in list(product(words, repeat=2))[:: 1 if size < 6 else 997]:
         theirs = haarpy.haar_integral_orthogonal((rows, columns), d)
