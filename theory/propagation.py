@@ -33,9 +33,6 @@ _SUM = sp.Symbol("prefix_sum")
 NEGLIGIBLE = 1e-9
 """Diagonals that differ by less are constant, but for rounding."""
 
-ROWS = 32
-"""Rows of a matrix that are computed at once."""
-
 TABLE = 1025
 """Nodes of a tabulated remainder."""
 
@@ -59,25 +56,6 @@ def column_sums(matrix: np.ndarray) -> np.ndarray:
 def prefix_sum(matrix: np.ndarray) -> np.ndarray:
     """Sums over i <= m, j <= n, for all m and n."""
     return np.asarray(column_sums(matrix).cumsum(1))
-
-
-def over_pairs(
-    n_ctx: int, function: Callable[[slice, slice], Sequence[np.ndarray]], results: int
-) -> list[np.ndarray]:
-    """Symmetric matrices from their entries n <= m.
-
-    `function` gives as many as `results` blocks of them, for some rows and columns: equal slices
-    on the diagonal, columns before the rows elsewhere.  Blocks of `ROWS` rows stay in the
-    processor's cache, where the steps of a long expression on whole matrices do not.
-    """
-    found = [np.empty((n_ctx, n_ctx)) for _ in range(results)]
-    for start in range(0, n_ctx, ROWS):
-        rows = slice(start, min(start + ROWS, n_ctx))
-        for columns in (slice(0, start), rows) if start else (rows,):
-            for matrix, block in zip(found, function(rows, columns), strict=True):
-                matrix[rows, columns] = block
-                matrix[columns, rows] = matrix[rows, columns].T.copy()
-    return found
 
 
 def all_pairs(n_ctx: int) -> Positions:

@@ -4,6 +4,8 @@ import mpmath
 import numpy as np
 import pytest
 import sympy as sp
+from scipy.integrate import quad
+from scipy.special import expit
 
 from theory.formula import Status
 from theory.formulas import softmax, softmax_expansions, softmax_table
@@ -14,6 +16,7 @@ from theory.formulas.softmax import (
     ParticipationFiniteHead,
     ParticipationSecondMoment,
     SharedTilt,
+    SharedWithLonger,
     Tilt,
     Transforms,
     mixed,
@@ -209,6 +212,31 @@ def test_broadcasting():
     alone = [[value(Participation, length, x) for x in spreads] for (length,) in lengths]
     assert table.shape == (4, 4)
     assert np.abs(table - np.array(alone)).max() < 1e-13
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.5, 1.0, 2.5, 6.0, 30.0])
+def test_what_a_query_shares_with_its_longer_self(spread):
+    """Of two positions 2 E 1/(1 + e^(l_2 - l_1)), l_2 - l_1 ~ N(-s^2, 2 s^2), by quad; 1 of one."""
+
+    def density(z):
+        logistic = expit(spread**2 - spread * np.sqrt(2) * z)
+        return 2 * logistic * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
+
+    edge = min(spread / np.sqrt(2), 12.0)  # where the logistic turns
+    expected = quad(density, -12, 12, points=[edge], epsabs=1e-13, limit=300)[0]
+    found = SharedWithLonger.numbers(np.array([1.0, 2.0]), spread)
+    assert found == pytest.approx([1, expected], abs=1e-11)
+
+
+@pytest.mark.parametrize("length", [5, 40])
+def test_what_a_query_shares_by_a_longer_prefix(length):
+    """n E sum_i a_mi a_ni at n = 4000, of one query, within 5 standard errors and 1/n."""
+    rng, endless = np.random.default_rng(length), 4000
+    weights = np.exp(rng.standard_normal((4000, endless)))
+    short = weights[:, :length] / weights[:, :length].sum(1, keepdims=True)
+    shared = endless * (short * weights[:, :length]).sum(1) / weights.sum(1)
+    found = SharedWithLonger.numbers(float(length), 1.0)
+    assert abs(found - shared.mean()) < 5 * shared.std() / np.sqrt(len(shared)) + 5 / endless
 
 
 def test_half_powers_reach_further_left():
@@ -474,7 +502,8 @@ def test_leading_breakdown_length_within_its_remainder(spread):
 
 
 @pytest.mark.parametrize(
-    ("m_max", "s_max", "d_h"), [(256, 1.0, 64), (256, 1.0, np.inf), (64, 0.2, 8), (16, 2.0, 16)]
+    ("m_max", "s_max", "d_h"),
+    [(256, 1.0, 64), (256, 1.0, np.inf), (64, 0.2, 8), (16, 2.0, 16), (16, 8.0, 64), (4, 4.0, 1)],
 )
 def test_a_table_is_the_mixture(m_max, s_max, d_h):
     """m P - 1 and P_2/P^2 - 1 to 1e-6 of the larger of the value and 1/1000; 0 at s = 0."""
@@ -487,6 +516,19 @@ def test_a_table_is_the_mixture(m_max, s_max, d_h):
     for values, expected in zip(found, (lengths * P - 1, P_2 / P**2 - 1), strict=True):
         assert (np.abs(values - expected) < 1e-6 * np.maximum(expected, 1e-3)).all()
         assert np.abs(values[:, 0]).max() < 1e-9
+
+
+def test_a_restricted_table_is_the_table():
+    """A short series on part of the variances: 1e-6 over a factor of two, the end beyond it."""
+    table, least = ParticipationTable(40, 2.0, 64), np.linspace(0, 1.6, 40)
+    for largest, within in ((least, 1e-12), (2 * least, 1e-6)):
+        short = table.restricted(SharedWithLonger, least, largest)
+        variances = least + (largest - least) * np.linspace(0, 1, 9)[:, None]
+        exact = table.logarithm(SharedWithLonger, np.arange(1, 41), variances)
+        assert np.abs(short(slice(0, 40), variances) - exact).max() < within
+        whole, some = short(slice(0, 40), variances), short(slice(5, 7), variances[:, 5:7])
+        assert (some == whole[:, 5:7]).all()
+        assert np.allclose(short(slice(0, 40), largest[None] + 1), whole[-1:], rtol=1e-12)
 
 
 def test_a_table_broadcasts_like_its_entries():

@@ -12,13 +12,18 @@ import theory
 from nope.init import normal
 from theory.formulas.wick import first_order
 from theory.kernel import J, K, Q
-from theory.rules.softmax import (
+from theory.rules import mixing as rules_mixing
+from theory.rules.mixing import (
+    EVERY,
     Mixing,
+    Pairs,
     Prefixed,
-    _any_temperature,
-    _first_order,
+    any_temperature,
+    covering_table,
     first_order_change,
+    group_starts,
 )
+from theory.rules.mixing import first_order as first_order_kernel
 from theory.symbols import m, n
 
 # ------------------------------------------------------------- first order, in rationals
@@ -183,7 +188,7 @@ def sampled(spread, shared, common, draws=DRAWS):
 def misses(spread, shared, pairs, slack=False):
     """Pairs whose kernel is further from the sample than 5 standard errors (and the remainder)."""
     common = 0.5
-    values, dropped, _ = _any_temperature(mixing(spread, shared, common))
+    values, dropped, _ = any_temperature(mixing(spread, shared, common))
     found = []
     for (first, last), (mean, error) in sampled(spread, shared, common).items():
         if pairs(first, last):
@@ -203,7 +208,7 @@ def test_second_moments_over_exchangeable_keys_are_exact_at_any_temperature(spre
 @pytest.mark.parametrize("spread", TEMPERATURES)
 def test_independent_queries_share_the_prefix_only(spread):
     """r = 0: c + (1 - c)/max(m, n) at any temperature."""
-    values, dropped, _ = _any_temperature(mixing(spread, 0.0))
+    values, dropped, _ = any_temperature(mixing(spread, 0.0))
     longer = np.maximum.outer(np.arange(1, 18), np.arange(1, 18))
     off = ~np.eye(LONGEST, dtype=bool)
     assert np.abs(values - 0.5 - 0.5 / longer)[off].max() <= TABLED
@@ -218,7 +223,50 @@ def test_correlated_queries_are_within_the_remainder(spread, shared):
     assert misses(spread, shared, lambda first, last: first != last, slack=True) == []
 
 
-@pytest.mark.parametrize("treatment", [_first_order, _any_temperature])
+@pytest.mark.parametrize("shared", [0.25, 0.5, 0.75, 1.0])
+def test_correlated_queries_of_small_logits_leave_little(shared):
+    """At s = 1 the share of two queries is right within .02 of what uniform weights share."""
+    values, _, _ = any_temperature(mixing(1.0, shared))
+    for (first, last), (mean, error) in sampled(1.0, shared, 0.5).items():
+        assert abs(values[first - 1, last - 1] - mean) < 0.02 * 0.5 / last + 5 * error
+
+
+def test_the_slope_between_queries_is_exact():
+    """h'(0): two queries with common numbers, of correlation r and -r, at s = 2."""
+    rng, r, (first, last) = np.random.default_rng(11), 0.05, (5, 17)
+    z, own = rng.standard_normal((2, 400_000, last))
+    left = softmax(2 * z[:, :first])
+    both = [
+        (left * softmax(2 * (sign * r * z + np.sqrt(1 - r**2) * own))[:, :first]).sum(1)
+        for sign in (1, -1)
+    ]
+    slope = last * (both[0] - both[1]) / (2 * r)
+    found = Pairs(mixing(2.0, 0.0), slice(0, 17), slice(0, 17)).slope[last - 1, first - 1]
+    assert abs(found - slope.mean()) < 5 * slope.std() / np.sqrt(len(slope)) + r**2 * found
+
+
+def test_neighbouring_keys_may_be_summed_in_groups():
+    """Alone up to `EVERY`; beyond it the change is off by less than 1e-4 of its size."""
+    assert list(group_starts(EVERY)) == list(range(EVERY))
+    assert list(group_starts(5)) == list(range(5))
+    length = 300
+    count = np.arange(1, length + 1)
+    kernel = 0.8 * np.eye(length) + np.minimum.outer(count, count) / np.maximum.outer(count, count)
+    found, exact = (Prefixed(kernel) for _ in range(2))
+    grouped = first_order_change(found, found, kernel)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules_mixing, "EVERY", length)
+        one_by_one = first_order_change(exact, exact, kernel)
+    assert 0 < np.abs(grouped - one_by_one).max() < 1e-4 * np.abs(one_by_one).max()
+
+
+def test_logits_that_no_quadrature_covers_are_refused():
+    """One line, with what would be covered."""
+    with pytest.raises(NotImplementedError, match=r"up to 32\.\d at d_head = 1, got 64; use"):
+        covering_table(4, 64.0**2, 1)
+
+
+@pytest.mark.parametrize("treatment", [first_order_kernel, any_temperature])
 @pytest.mark.parametrize("shared", [0.0, 0.25, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("spread", TEMPERATURES)
 def test_remainders_are_not_negative(treatment, spread, shared):
@@ -234,7 +282,7 @@ def test_remainders_are_not_negative(treatment, spread, shared):
 def fidelities(spread, shared, common=0.3, **sizes):
     """The kernel taken as uniform, to first order, at any temperature."""
     attention = mixing(spread, shared, common, **sizes)
-    return attention.uniform, _first_order(attention)[0], _any_temperature(attention)[0]
+    return attention.uniform, first_order_kernel(attention)[0], any_temperature(attention)[0]
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.4, 1.0])
@@ -253,7 +301,7 @@ def test_without_logits_all_fidelities_are_uniform():
     uniform, first, any_s = fidelities(0.0, 0.5)
     assert np.abs(first - uniform).max() <= 1e-15
     assert np.abs(any_s - uniform).max() <= TABLED
-    assert np.abs(_any_temperature(mixing(0.0, 0.5))[1]).max() <= TABLED
+    assert np.abs(any_temperature(mixing(0.0, 0.5))[1]).max() <= TABLED
 
 
 def test_one_key_has_all_the_weight():
@@ -269,7 +317,7 @@ def test_equal_keys_are_attended_uniformly():
     values = root @ root.T
     same = np.ones((6, 6))
     attention = Mixing(Prefixed(values), Prefixed(same), 9 * same, 0, True, np.inf, 8, 2)
-    for treatment in (_first_order, _any_temperature):
+    for treatment in (first_order_kernel, any_temperature):
         found, dropped, excess = treatment(attention)
         assert np.abs(found - attention.uniform).max() <= TABLED * np.abs(values).max()
         assert np.abs(dropped).max() <= TABLED
@@ -291,7 +339,7 @@ def test_the_spread_of_a_prefix_by_its_definition():
 def test_narrow_heads_by_sampling(d_h, spread):
     """The diagonal with |q|^2 of d_h degrees: logits s |q|/sqrt(d_h) z, five standard errors."""
     rng = np.random.default_rng(d_h)
-    values, _, _ = _any_temperature(mixing(spread, 0.5, 0.0, d_h=d_h))
+    values, _, _ = any_temperature(mixing(spread, 0.5, 0.0, d_h=d_h))
     for last in POSITIONS:
         draws = 400_000 // last
         length = np.sqrt(rng.chisquare(d_h, size=(draws, 1)) / d_h)

@@ -11,9 +11,11 @@ weights is a one-dimensional integral over x = ln t of products of
     B_off                    = int m (m-1) (E z u e^-u)^2 phi^(m-2) dx
     P_2   = E (sum a^2)^2    = int [m psi_4 phi^(m-1) + m (m-1) psi_2^2 phi^(m-2)] dx / 6
     H     = -E sum a ln a    = int (phi - phi^m) dx - s^2 (1 - A)
+    C     = m e^(-s^2/2) E e^(2 l_1)/S = int m psi_1(x) phi(x - s^2)^(m-1) dx
 
 The last: E ln S = int (e^(-t) - phi^m)/t dt is 0 at m = 1, which replaces e^(-t) by phi, and
-E sum a z = s (1 - A) by Stein's lemma.  Source of all: derived here.
+E sum a z = s (1 - A) by Stein's lemma.  In C e^(l_1) tilts its own Gaussian to the mean s^2; it is
+what a query shares with itself over an endless prefix.  Source of all: derived here.
 """
 
 from __future__ import annotations
@@ -62,13 +64,25 @@ class Transforms:
         self.z, step = _lattice(-reach, reach, min(0.5, STEP / s))
         self.weights = step * np.exp(-(self.z**2) / 2) / np.sqrt(2 * np.pi)
         self.x, self.step = _lattice(-left, right, max(STEP, s / (3 * reach)))
-        self.u = np.exp(np.minimum(self.x[:, None] + s * self.z, LARGEST_EXPONENT))
+        self.u = self._exponential(self.x)
         self.damping = np.exp(-self.u)
         self.phi = self.damping @ self.weights
-        # 1 - phi is summed on its own: it is 1/m where phi^m matters.
-        self.log_phi = np.log(self.phi)
-        high = self.phi > 0.5
-        self.log_phi[high] = np.log1p(np.expm1(-self.u[high]) @ self.weights)
+        self.log_phi = self._logarithm(self.u, self.phi)
+
+    def _exponential(self, x: np.ndarray) -> np.ndarray:
+        return np.exp(np.minimum(x[:, None] + self.s * self.z, LARGEST_EXPONENT))
+
+    def _logarithm(self, u: np.ndarray, phi: np.ndarray) -> np.ndarray:
+        """ln phi; 1 - phi is summed on its own: it is 1/m where phi^m matters."""
+        logarithm = np.log(phi)
+        high = phi > 0.5
+        logarithm[high] = np.log1p(np.expm1(-u[high]) @ self.weights)
+        return np.asarray(logarithm)
+
+    def log_phi_before(self, shift: float) -> np.ndarray:
+        """ln phi(x - shift) on the lattice, for a shift to the left."""
+        u = self._exponential(self.x - shift)
+        return self._logarithm(u, np.exp(-u) @ self.weights)
 
     def moment(self, k: float, power: int = 0) -> np.ndarray:
         """E z^power u^k e^-u on the lattice."""
@@ -79,13 +93,20 @@ class Transforms:
         """E z u e^-u, by Stein's lemma s E (u - u^2) e^-u, where nothing cancels at small s."""
         return np.asarray(self.s * (self.moment(1) - self.moment(2)))
 
-    def integral(self, positions: np.ndarray, distinct: int, density: np.ndarray) -> np.ndarray:
+    def integral(
+        self,
+        positions: np.ndarray,
+        distinct: int,
+        density: np.ndarray,
+        log_phi: np.ndarray | None = None,
+    ) -> np.ndarray:
         """int m (m-1) ... (m-distinct+1) phi^(m-distinct) density dx for each position m."""
+        log_phi = self.log_phi if log_phi is None else log_phi
         counted = np.sum([np.log(positions - k) for k in range(distinct)], axis=0)
 
         def rows(some: slice) -> Any:
             m, log_counted = positions[some, None], counted[some, None]
-            return np.exp(log_counted + (m - distinct) * self.log_phi) @ density
+            return np.exp(log_counted + (m - distinct) * log_phi) @ density
 
         return self.step * _by_rows(rows, len(positions))
 
@@ -219,6 +240,24 @@ class SharedTilt(SoftmaxMean):
     @staticmethod
     def densities(transforms: Transforms) -> Mapping[int, np.ndarray]:
         return {2: transforms.shared() ** 2}
+
+
+class SharedWithLonger(SoftmaxMean):
+    """C = lim n E sum_i a_mi a_ni, n -> infinity, of one query over prefixes m and n.
+
+    n a_ni tends to e^(l_i - s^2/2).
+    """
+
+    letter = "C"
+
+    @staticmethod
+    def uniform(positions: np.ndarray) -> np.ndarray:
+        return np.ones_like(positions)
+
+    @classmethod
+    def integrated(cls, positions: np.ndarray, transforms: Transforms) -> np.ndarray:
+        before = transforms.log_phi_before(transforms.s**2)
+        return transforms.integral(positions, 1, transforms.moment(1), before)
 
 
 class Entropy(SoftmaxMean):
@@ -367,6 +406,14 @@ def formulas() -> Iterator[Formula]:
         Status.EXACT,
         GAUSSIAN_LOGITS,
         r"\mathbb{E}\sum_{n \neq n'} a_{mn} a_{mn'} z_n z_{n'}",
+    )
+    yield Formula(
+        "attention.participation_shared",
+        SharedWithLonger(m, s),
+        "What one query's weights over m logits share with its own over an endless prefix.",
+        Status.EXACT,
+        GAUSSIAN_LOGITS,
+        r"\lim_{n \to \infty} n\,\mathbb{E}\sum_i a_{mi} a_{ni}",
     )
     yield Formula(
         "attention.entropy",

@@ -1,8 +1,9 @@
 """Participations by table: every position and every temperature of a kernel at once.
 
 The quadratures of `theory.formulas.softmax` set up a lattice for each temperature, and a kernel
-has one for every pair of positions.  ln(m P) is smooth in s^2, so a Chebyshev series for each
-position, from a few dozen temperatures, serves them all.
+has one for every pair of positions.  ln(m P) is smooth in ln(1 + s^2), from small logits to
+attention that has condensed on one key, so a Chebyshev series for each position, from a few dozen
+temperatures, serves them all.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from theory.formulas.softmax import (
 
 DEGREES = (16, 32, 64, 128, 256)
 """Chebyshev degrees that a table tries."""
+RESTRICTED = 6
+"""The degree on an interval that is a part of a table's, where a kernel's pairs are."""
 DROPPED = 1e-11
 """Chebyshev coefficients below this are left out of a table."""
 
@@ -32,7 +35,7 @@ DROPPED = 1e-11
 def _logarithms(
     function: type[SoftmaxMean], m_max: int, s_max: float, degrees: float
 ) -> np.ndarray:
-    """Chebyshev coefficients in s^2 on [0, s_max^2] of ln mixed(function)/function(s = 0).
+    """Chebyshev coefficients in ln(1 + s^2), up to s_max, of ln mixed(function)/function(s = 0).
 
     One row a degree, one column a position.  The logarithm of the function itself is
     interpolated first, up to s_max^2 u for the largest node u of the mixture: a few dozen
@@ -43,17 +46,27 @@ def _logarithms(
     top = s_max**2 * u.max()
 
     def logarithm(x: np.ndarray) -> np.ndarray:
-        spread = np.sqrt((x[:, None] + 1) * top / 2)
+        spread = np.sqrt(_variance(x, top))[:, None]
         relative = function.numbers(positions, spread) / function.uniform(positions)
         return np.asarray(np.log(relative))
 
     at_one_query = _interpolate(logarithm)
 
-    def mean(x: float) -> np.ndarray:
-        basis = chebyshev.chebvander((x + 1) * u / u.max() - 1, len(at_one_query) - 1)
+    def mean(variance: float) -> np.ndarray:
+        basis = chebyshev.chebvander(_scaled(variance * u, top), len(at_one_query) - 1)
         return np.asarray(weights @ np.exp(basis @ at_one_query))
 
-    return _interpolate(lambda x: np.log([mean(each) for each in x]))
+    return _interpolate(lambda x: np.log([mean(each) for each in _variance(x, s_max**2)]))
+
+
+def _scaled(variance: Any, top: float) -> Any:
+    """ln(1 + s^2) from 0 to its value at s^2 = top, mapped onto [-1, 1]."""
+    return 2 * np.log1p(variance) / np.log1p(top) - 1
+
+
+def _variance(x: np.ndarray, top: float) -> np.ndarray:
+    """The inverse of `_scaled`, clear of rounding below 0."""
+    return np.asarray(np.maximum(np.expm1((x + 1) / 2 * np.log1p(top)), 0.0))
 
 
 def _interpolate(function: Any) -> np.ndarray:
@@ -77,7 +90,7 @@ def _interpolate(function: Any) -> np.ndarray:
 class ParticipationTable:
     """m P(m, s, d_h) - 1 for whole kernels: m up to `m_max`, s up to `s_max`.
 
-    A Chebyshev series in s^2 of ln m P for each position, built once for equal tables.  Off by
+    A Chebyshev series in ln(1 + s^2) of ln m P for each position, built once for equal tables.  Off by
     less than 1e-9 (1 + m P).  Raises `ValueError` for positions and variances outside it.
 
     >>> table = ParticipationTable(8, 1.0, 64)
@@ -112,7 +125,36 @@ class ParticipationTable:
         _expect_within("variances", variances, 0, top)
         key: Any = function  # to mypy, SymPy's classes have no hash
         table = _logarithms(key, self.m_max, self.s_max, self.d_h)
-        return _clenshaw(table, columns, 2 * variances / top - 1)
+        return _clenshaw(table, columns, _scaled(variances, top))
+
+    def restricted(
+        self, function: type[SoftmaxMean], least: np.ndarray, largest: np.ndarray
+    ) -> Restricted:
+        """`logarithm` for each position m = 1, 2, ... at variances from `least` to `largest`."""
+        positions = np.arange(1, len(least) + 1)
+        nodes = chebyshev.chebpts1(RESTRICTED + 1)
+        middle, half = (largest + least) / 2, (largest - least) / 2
+        values = self.logarithm(function, positions, middle + nodes[:, None] * half)
+        basis = chebyshev.chebvander(nodes, RESTRICTED)
+        coefficients: np.ndarray = 2 / (RESTRICTED + 1) * basis.T @ values
+        coefficients[0] /= 2
+        inverse = np.divide(1, half, out=np.zeros_like(half), where=half > 0)
+        return Restricted(coefficients, middle, inverse)
+
+
+@dataclass(frozen=True, eq=False)
+class Restricted:
+    """A short Chebyshev series for each position, on an interval of variances of its own."""
+
+    coefficients: np.ndarray
+    middle: np.ndarray
+    inverse_half: np.ndarray
+
+    def __call__(self, columns: slice, variances: np.ndarray) -> np.ndarray:
+        """At variances (rows, columns), one column a position; beyond the interval its end."""
+        x = (variances - self.middle[columns]) * self.inverse_half[columns]
+        series = self.coefficients[:, columns]
+        return _clenshaw(series, np.arange(series.shape[1]), np.clip(x, -1, 1))
 
 
 def _expect_within(name: str, values: np.ndarray, low: float, high: float) -> None:
