@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from nope.architecture import Architecture
-from nope.init import Scheme, law_of
-from nope.operations import Linear, Mix, Normalise, Operation, Scores
+from nope.init import Orthogonal, Scheme, WeightLaw, law_of
+from nope.operations import Linear, Mix, Normalise, Operation, Scores, Softmax
 from nope.tokens import EmbeddingTokens
 from theory.formulas.tokens import power_sum
-from theory.symbols import WEIGHT_STD
+from theory.symbols import KURTOSIS, PAIR_MOMENT, WEIGHT_STD
 
 Numbers = Mapping[str, float]
 
@@ -69,8 +69,10 @@ def _own(operation: Operation, architecture: Architecture, init: Scheme) -> dict
     for weight in operation.weights:
         if weight.role == "embedding":
             continue  # its law is that of the tokens, sigma_x
+        law = law_of(init, weight, architecture)
         symbol = WEIGHT_STD[weight.role].name if weight.role in WEIGHT_STD else "sigma_b"
-        values[symbol] = law_of(init, weight, architecture).variance ** 0.5
+        values[symbol] = law.variance**0.5
+        values |= _fourth_moments(weight.role, law)
     match operation:
         case Linear(weight=weight) if weight.role == "mlp_out":
             values["d_ff"] = weight.fan_in
@@ -78,10 +80,37 @@ def _own(operation: Operation, architecture: Architecture, init: Scheme) -> dict
             values["epsilon"] = eps
         case Scores(d_head=d_head):
             values |= {"d_h": d_head, "H": architecture.d_model // d_head}
-        case Mix(inputs=(_, source)):
+        case Softmax(inputs=(scores,)):
+            values |= _behind_logits(architecture, init, scores)
+        case Mix(inputs=(pattern, source)):
+            if isinstance(softmax := architecture.places()[pattern], Softmax):
+                values |= _behind_logits(architecture, init, softmax.inputs[0])
             of_values = architecture.places()[source]
             heads = (of_values.n_heads if isinstance(of_values, Linear) else None) or 1
             values |= {"d_h": architecture.d_model // heads, "H": heads}
         case _:
             pass
+    return values
+
+
+def _behind_logits(architecture: Architecture, init: Scheme, scores: str) -> dict[str, float]:
+    """The fourth moments of the matrices of queries and keys."""
+    values: dict[str, float] = {}
+    for place in architecture.places()[scores].inputs:
+        for weight in architecture.places()[place].weights:
+            values |= _fourth_moments(weight.role, law_of(init, weight, architecture))
+    return values
+
+
+def _fourth_moments(role: str, law: WeightLaw) -> dict[str, float]:
+    """The entries' kurtosis, and their pair moment where it is known: independent or Haar.
+
+    Of weights that are 0 those of N(0, 0), as in `WeightLaw.gaussian`.
+    """
+    kurtosis = 3.0 if law.gaussian else law.kurtosis
+    if role not in KURTOSIS:
+        return {"kappa_b": kurtosis} if law.independent else {}
+    values = {KURTOSIS[role].name: kurtosis}
+    if law.independent or isinstance(law, Orthogonal):
+        values[PAIR_MOMENT[role].name] = 1.0 if law.independent else kurtosis / 3
     return values

@@ -18,6 +18,9 @@ from typing import Literal
 import numpy as np
 import sympy as sp
 
+from nope.tokens import Tokens
+from theory.fluctuations import Passing, averages
+from theory.formulas.kurtosis import Map
 from theory.symbols import i, j, m, n
 
 K, J, Q = sp.Function("K"), sp.Function("J"), sp.Function("Q")
@@ -31,26 +34,30 @@ ZERO = sp.Integer(0)
 class Traits:
     """What a rule knows of a place besides its kernel.
 
-    `maps` counts the independent random maps that made it (tokens included): each adds 1/d to
-    the relative fluctuation of a squared norm.  `normalised`: |x|^2 = d exactly.  `fixed_norm`:
+    `maps` counts the independent random maps that made it (tokens included), each of which adds
+    at most 1/d to a relative fluctuation: a bound, and `theory.fluctuations` has the numbers.
+    `normalised`: |x|^2 = d exactly.  `fixed_norm`:
     K(m, m) does not fluctuate given the inputs, one map after a norm.  `independent`: positions
-    are, given the weights, and of zero mean.  `repeated`: some hold the same token, by chance, so
-    the empirical kernel is 0 or 1 and not near its mean.  `centred`: a LayerNorm took one
-    dimension.
+    are, given the weights, and of zero mean.  `repeated`: the
+    tokens of which equal ones are equal vectors here, distinct ones independent given the ids.
+    `centred`: a LayerNorm took one dimension.
     `isotropic`: coordinates i.i.d. Gaussian.  `kurtosis` of a coordinate and `norm_kurtosis`
-    E|x|^4/(E|x|^2)^2 are exact, or None where no closed form is known.  `logits` names the
-    scores behind a softmax pattern, `query_key` the places behind those.
+    E|x|^4/(E|x|^2)^2 are exact at every position m, or None where no closed form is known; one
+    that holds for some weights only is in symbols of `theory.symbols.UNKNOWN`, which cancel for
+    those.  `mapped` is the matrix that made the place and the place it was applied to.  `logits`
+    names the scores behind a softmax pattern, `query_key` the places behind those.
     """
 
     maps: int = 0
     normalised: bool = False
     fixed_norm: bool = False
     independent: bool = False
-    repeated: bool = False
+    repeated: Tokens | None = None
     centred: bool = False
     isotropic: bool = False
     kurtosis: sp.Expr | None = None
     norm_kurtosis: sp.Expr | None = None
+    mapped: tuple[Map, str] | None = None
     logits: str | None = None
     query_key: tuple[str, str] | None = None
 
@@ -85,6 +92,8 @@ class Rule:
     is 0 where it is exact; `carried` says whether remainders of the sources add up or are
     shared by the parts of the sources in the result.  `algorithm` computes the expression where
     compiling it would cost too much.  `excess` is what the operation itself brings of `X`.
+    `fluctuates` says how the empirical kernel's fluctuation passes, and what it adds to the
+    kernel to second order: a rule that has one states there, in numbers, what is left.
     """
 
     name: str
@@ -98,6 +107,7 @@ class Rule:
     carried: Literal["sum", "shared"] = "sum"
     algorithm: Algorithm | None = None
     excess: sp.Expr = field(default_factory=lambda: ZERO)
+    fluctuates: Passing = averages
 
     @property
     def spends_excess(self) -> bool:

@@ -21,7 +21,6 @@ import numpy as np
 import sympy as sp
 
 from nope.architecture import Architecture
-from nope.init import law_of
 from nope.operations import Normalise, Softmax, Uniform
 from nope.questions import Question
 from theory import symmetry
@@ -29,11 +28,12 @@ from theory.bindings import bindings, local_bindings
 from theory.derivation import Derivation, Step, derive
 from theory.formula import Formula, Status, compile_number_form
 from theory.formulas import formula
-from theory.formulas.cosine import adjacency_score, expansion_bound, leading_bias
+from theory.formulas.cosine import adjacency_score
+from theory.formulas.tokens import collision_matrix
 from theory.kernel import Fidelity, Rule, Traits
 from theory.propagation import KernelValues, all_pairs, at_pairs
 from theory.rules import rule_for
-from theory.symbols import m, n
+from theory.symbols import m, n, p_same
 
 Asked = Literal["uniform", "first_order", "any_temperature", "best"]
 
@@ -265,26 +265,39 @@ class _Predictor:
         return counts * moments, counts * remainder
 
     def _kurtosis(self) -> tuple[Any, Any]:
-        if self.traits.kurtosis is None:
+        """Computed at two guesses of what the question does not say: it must not matter."""
+        asked, kurtosis = self.question, self.traits.kurtosis
+        if kurtosis is None:
             raise NotImplementedError(
-                f"expected a place whose kurtosis has a closed form, got {self.question.place}; "
+                f"expected a place whose kurtosis has a closed form, got {asked.place}; "
                 "measure it with montecarlo.measure"
             )
-        self._require_gaussian_weights()
-        free = tuple(sorted(self.traits.kurtosis.free_symbols, key=str))
-        form = compile_number_form(self.traits.kurtosis, free)
-        return form(*(self.symbols[symbol.name] for symbol in free)), 0.0
+        free = tuple(sorted(kurtosis.free_symbols, key=str))
+        form, known = compile_number_form(kurtosis, free), self._fourth_moments(free)
+        found, other = (form(*(known.get(s.name, guess) for s in free)) for guess in (1.0, 2.0))
+        if not np.allclose(found, other, rtol=NEGLIGIBLE, atol=0.0):
+            raise NotImplementedError(
+                f"expected Gaussian or Haar weights and no biases where {asked.place} has no "
+                f"closed form for the inputs' coordinates, got {asked.init}; "
+                "measure it with montecarlo.measure"
+            )
+        return found, 0.0
 
-    def _require_gaussian_weights(self) -> None:
-        architecture = self.question.architecture
-        for operation in architecture.upstream(self.question.place):
-            for weight in operation.weights:
-                law = law_of(self.question.init, weight, architecture)
-                if law.variance and not law.gaussian:
-                    raise NotImplementedError(
-                        f"expected Gaussian weights for a kurtosis, got {law} at {weight.path}; "
-                        "measure it with montecarlo.measure"
-                    )
+    def _fourth_moments(self, wanted: tuple[sp.Symbol, ...]) -> dict[str, Any]:
+        """What the question gives to the symbols of a kurtosis."""
+        asked = self.question
+        positions, _ = position_arrays(asked)
+        found = bindings(asked.architecture, asked.init, self._since_norm(asked.place))
+        known: dict[str, Any] = {**found, "m": positions}
+        if p_same in wanted:
+            same = collision_matrix(asked.architecture.tokens, asked.architecture.n_ctx)
+            known["p_same"] = np.array([same[at - 1, :at].mean() for at in positions])
+        return known
+
+    def _since_norm(self, place: str) -> set[str]:
+        """The places whose fourth moments are in that of `place`: those back to a norm."""
+        sources = () if self.rules[place].traits.normalised else self.rules[place].sources
+        return {place}.union(*map(self._since_norm, sources))
 
     def _kernel(self) -> tuple[Any, Any]:
         return self.values.kernel, self.values.size * self.values.remainder
@@ -295,21 +308,17 @@ class _Predictor:
         return rho, np.where(same, 0.0, self.values.remainder)
 
     def _cosine(self) -> tuple[Any, Any]:
-        """E cos: exact for Gaussian vectors, else the kernel's, its excess, and (1 - rho^2)/(2d) of
-        it less per random map.
+        """E cos: exact for Gaussian vectors, else the kernel's, its excess, and the second order
+        of the empirical kernel's fluctuation.
 
-        The remainder adds the excess's next order, 4/3 of its square, and half a map: how much
-        of one a map over normed tokens is depends on the position.
+        The remainder adds the excess's next order, 4/3 of its square, and that of the drift.
         """
         rho, own = self._kernel_cosine()
         if self.traits.isotropic and not own.any():
             return formula("cosine.gaussian_pair")(rho=rho, d=self.symbols["d"]), own
-        maps = max(self.traits.maps, 1)
-        width, excess = self.symbols["d"] / maps, self.values.excess
-        bias = leading_bias(rho, width)
-        beyond = np.abs(bias) / (2 * maps) + expansion_bound(rho, width)
-        beyond = beyond + np.abs(rho) * 4 / 3 * excess**2
-        return np.clip(rho * (1 + excess) - bias, -1.0, 1.0), own + beyond
+        excess, (drift, left) = self.values.excess, self.values.drift
+        beyond = left + np.abs(rho) * 4 / 3 * excess**2
+        return np.clip(rho * (1 + excess) + drift, -1.0, 1.0), own + beyond
 
     def _cosine_steps(self) -> tuple[Any, Any]:
         rho, remainder = self._cosine()
@@ -387,6 +396,15 @@ class _Values:
         return self._at("excess")
 
     @cached_property
+    def drift(self) -> tuple[np.ndarray, np.ndarray]:
+        """E cos - rho of the empirical kernel's fluctuation, and its remainder."""
+        found = self._values.drift(self._question.place)
+        if self._pointwise:
+            return found
+        one, other = (at_pairs(part, self._positions) for part in found)
+        return one, other
+
+    @cached_property
     def size(self) -> np.ndarray:
         return np.asarray(np.sqrt(self._at("kernel", "mm") * self._at("kernel", "nn")))
 
@@ -427,8 +445,9 @@ def _closed(
     if first is None or rules[first].algorithm is not None:
         return {}, frozenset()
     derivation = derive(question.architecture, None, first, fidelity)
-    closed = derivation.closed()
-    return ({first: closed[first]} if first in closed else {}), derivation.exact_places()
+    closed, exact = derivation.closed(), derivation.exact_places()
+    known = first in closed and exact.issuperset(rules[first].sources[:1])
+    return ({first: closed[first]} if known else {}), exact
 
 
 def _treatment(step: Step) -> str:

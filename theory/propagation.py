@@ -9,13 +9,22 @@ last use: n_ctx^2 numbers per live place, cost linear in depth.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import sympy as sp
 
+from nope.questions import position_grid
+from theory.fluctuations import (
+    Fluctuation,
+    Gram,
+    Passage,
+    Second,
+    correlation_shift,
+    correlation_width,
+)
 from theory.formula import compile_number_form
 from theory.kernel import PREFIX_SUM, J, K, Moved, Q, Rule, X
 from theory.symbols import m, n
@@ -33,8 +42,12 @@ _SUM = sp.Symbol("prefix_sum")
 NEGLIGIBLE = 1e-9
 """Diagonals that differ by less are constant, but for rounding."""
 
-TABLE = 1025
-"""Nodes of a tabulated remainder."""
+LEFT = 0.5
+"""The part of a second-order term that is stated as its error, besides the fluctuation itself."""
+
+
+GRID = 32
+"""Positions at most that fluctuations are followed at: smooth in log m beside the kernel."""
 
 
 @cache
@@ -88,17 +101,20 @@ class KernelValues:
         self._all_pairs = self._m.shape == (n_ctx, 1) and self._n.shape == (1, n_ctx)
         self._memo: dict[str, dict[tuple[str, str], np.ndarray]] = {place: {} for place in rules}
         self._moved: dict[str, Moved] = {}
+        self._fluctuations: dict[str, tuple[Fluctuation, Second | None]] = {}
 
     def advance(self, keep: str) -> None:
         """Compute every place in order and drop each after its last use, but for `keep`."""
         last = {name: place for place, rule in self._rules.items() for name in self._reads(rule)}
         for place, rule in self._rules.items():
             self.kernel(place, "mm"), self.kernel(place, "nn")
-            self.remainder(place), self.excess(place)
+            self.remainder(place), self.excess(place), self._passed(place)
             for name in {place, *self._reads(rule)}:
                 if last.get(name, place) == place and name != keep:
                     self._memo[name].clear()
                     self._moved.pop(name, None)
+                    self._fluctuations.pop(name, None)
+                    self._fluctuations.pop(name, None)
 
     @staticmethod
     def _reads(rule: Rule) -> tuple[str, ...]:
@@ -111,9 +127,19 @@ class KernelValues:
         return self._remembered(place, "kernel", view, self._kernel)
 
     def _kernel(self, place: str, view: View) -> np.ndarray:
-        rule = self._rules[place]
         if view != "mn" and self._all_pairs:
             return self._diagonal(self.kernel(place), view)
+        leading = self._leading(place, view)
+        second = None if place in self._exact else self._passed(place)[1]
+        return leading if second is None else leading + self._everywhere(second.term, leading, view)
+
+    def _leading(self, place: str, view: View) -> np.ndarray:
+        return self._remembered(place, "leading", view, self._without_second_order)
+
+    def _without_second_order(self, place: str, view: View) -> np.ndarray:
+        rule = self._rules[place]
+        if view != "mn" and self._all_pairs:
+            return self._diagonal(self._leading(place, "mn"), view)
         if place in self._closed:
             return self._evaluate(place, self._closed[place], view)
         if rule.algorithm is None and not rule.expression.has(sp.Sum):
@@ -135,10 +161,13 @@ class KernelValues:
             assert rule.algorithm is not None
             kernels = [self.kernel(name) for name in rule.sources]
             dropped = [self.remainder(name) * self._size(name) for name in rule.sources]
-            self._moved[place] = rule.algorithm(kernels, dropped, self._symbols[place], self._n_ctx)
+            known = {**self._symbols[place], "p": self._maps(rule)}
+            self._moved[place] = rule.algorithm(kernels, dropped, known, self._n_ctx)
         return self._moved[place]
 
-    def _size(self, place: str) -> np.ndarray:
+    def _size(self, place: str, view: View = "mn") -> np.ndarray:
+        if view != "mn":
+            return self.kernel(place, view)
         return np.asarray(np.sqrt(self.kernel(place, "mm")) * np.sqrt(self.kernel(place, "nn")))
 
     # ------------------------------------------------------------ remainders, excesses
@@ -153,6 +182,8 @@ class KernelValues:
             found = self._algorithm(place).remainder
             return found if view == "mn" else self._diagonal(found, view)
         carried = [self._carried(place, source, view) for source in rule.sources]
+        if (second := self._passed(place)[1]) and view == "mn":
+            carried = [self._sloped(*pair) for pair in zip(second.slopes, carried, strict=True)]
         if rule.carried == "shared":
             share = self._share(place, rule, view)
             carried = [share * carried[0], (1 - share) * carried[1]]
@@ -160,24 +191,26 @@ class KernelValues:
             return np.asarray(sum(carried[1:], carried[0]))
         return np.asarray(sum(carried, np.abs(self._own_remainder(place, rule, view))))
 
-    def _own_remainder(self, place: str, rule: Rule, view: View) -> np.ndarray:
-        """Of the rule itself; from a table where it is a function of one correlation alone.
+    def _sloped(self, slope: np.ndarray, carried: np.ndarray) -> np.ndarray:
+        """A source's remainder off the diagonal times the correlation's slope, 1 for a norm."""
+        if np.abs(slope - 1).max() < NEGLIGIBLE:
+            return carried
+        found = self._smooth(slope) * carried
+        if self._all_pairs:
+            return _with_diagonal(found, np.diagonal(carried))
+        return np.asarray(np.where(np.equal(*self._positions("mn")), carried, found))
 
-        An estimate needs no more digits, and duals are dear.
-        """
-        names = {argument.name for argument in _compiled(rule.remainder)[1]}
-        alone = {"K_mn", "K_mm", "K_nn"} <= names and not {"m", "n"} & names
-        if not (self._all_pairs and view == "mn" and alone and len(rule.sources) == 1):
+    def _own_remainder(self, place: str, rule: Rule, view: View) -> np.ndarray:
+        """Of the rule itself, or what is left of its second order once that is added."""
+        second = self._passed(place)[1]
+        if second is None:
             return self._evaluate(place, rule.remainder, view)
-        kernel, diagonal = self._source(rule, 0), self.kernel(rule.sources[0], "mm")
-        if np.ptp(diagonal) > NEGLIGIBLE * diagonal[0, 0]:
-            return self._evaluate(place, rule.remainder, view)
-        nodes = np.linspace(kernel.min(), kernel.max(), TABLE)
-        known = {**self._symbols[place], "p": rule.traits.maps, "K_mn": nodes}
-        known |= {"K_mm": diagonal[0, 0], "K_nn": diagonal[0, 0]}
-        function, arguments = _compiled(rule.remainder)
-        values = np.asarray(function(*(known[argument.name] for argument in arguments)))
-        return np.asarray(np.interp(kernel, nodes, np.broadcast_to(values, nodes.shape)))
+        doubt, size = self._doubt(rule.sources[0]), second.size
+        left = Gram(size.mm * doubt, size.nn * doubt, size.mn * doubt)
+        if view != "mn" and self._all_pairs:
+            return self._diagonal(self._own_remainder(place, rule, "mn"), view)
+        found = self._everywhere(left, self._leading(place, "mn"), view)
+        return np.asarray(found / self._size(place, view))
 
     def _carried(self, place: str, source: str, view: View) -> np.ndarray:
         """What a place inherits of its source's remainder.
@@ -193,16 +226,24 @@ class KernelValues:
             averaged = self._evaluate(place, rule.expression, "mn", sums) / self._size(place)
             return averaged if view == "mn" else self._diagonal(averaged, view)
         found = self.remainder(source, view)
-        return np.asarray(np.where(left == right, 0.0, found)) if rule.traits.normalised else found
+        if not rule.traits.normalised:
+            return found
+        if self._all_pairs and view == "mn":
+            return _with_diagonal(np.array(found), 0.0)
+        return np.asarray(np.where(left == right, 0.0, found))
 
     def excess(self, place: str, view: View = "mn") -> np.ndarray:
         """By how much E cos exceeds the cosine of the kernel, relatively, beyond 1/d."""
         if view != "mn":
             return np.zeros(())
+        return self._remembered(place, "excess", view, self._own_or_inherited)
+
+    def _own_excess(self, place: str) -> np.ndarray:
+        """What the operation itself brings."""
         rule = self._rules[place]
         if rule.algorithm is not None:
             return np.asarray(self._algorithm(place).excess)
-        return self._remembered(place, "excess", view, self._own_or_inherited)
+        return self._evaluate(place, rule.excess, "mn") if rule.excess != 0 else np.zeros(())
 
     def _own_or_inherited(self, place: str, view: View) -> np.ndarray:
         """A norm spends the excess and a mean averages it away; a stream shares its branch's.
@@ -210,8 +251,8 @@ class KernelValues:
         The shares are those of the kernel's diagonal.
         """
         rule = self._rules[place]
-        if rule.excess != 0:
-            return self._evaluate(place, rule.excess, view)
+        if rule.excess != 0 or rule.algorithm is not None:
+            return self._own_excess(place)
         if rule.spends_excess:
             return np.zeros(())
         found = [self.excess(source) for source in rule.sources]
@@ -226,6 +267,114 @@ class KernelValues:
         sides: tuple[View, View] = ("mm", "nn") if view == "mn" else (view, view)
         left, right = (self.kernel(stream, side) / self.kernel(place, side) for side in sides)
         return np.asarray(np.sqrt(left) * np.sqrt(right))
+
+    # ----------------------------------------------------------------- fluctuations
+
+    def _maps(self, rule: Rule) -> float:
+        """The number of random maps of width d whose fluctuation the first source has.
+
+        One of its own, and as many as the correlations of its input fluctuate like, on average.
+        """
+        if not rule.sources or self._n_ctx == 1:
+            return 1.0
+        source = rule.sources[0]
+        rho = self._gram(source, self.kernel).correlation
+        width = correlation_width(self._passed(source)[0].inherited, rho)
+        apart = np.not_equal(*self._grid_positions)
+        return 1.0 + self._symbols[source]["d"] * float(np.mean(width[apart]))
+
+    def drift(self, place: str) -> tuple[np.ndarray, np.ndarray]:
+        """E cos - rho to second order, and what is left of it: of the fluctuation at a place."""
+        gram = self._gram(place, self.kernel)
+        rho = gram.correlation
+        shift = correlation_shift(self._passed(place)[0].covariance, rho)
+        left = np.abs(shift) * self._doubt(place)
+        nothing, leading = np.zeros_like(shift), self.kernel(place)
+        one, other = (
+            self._everywhere(Gram(nothing, nothing, x * gram.size), leading, "mn")
+            / self._size(place)
+            for x in (shift, left)
+        )
+        return one, other
+
+    def _doubt(self, place: str) -> np.ndarray:
+        """The relative error of a second-order term: `LEFT`, and the fluctuation itself."""
+        rho = self._gram(place, self.kernel).correlation
+        width = correlation_width(self._passed(place)[0].covariance, rho)
+        return LEFT + (_continued(width) if self._all_pairs and len(width) > 1 else width)
+
+    def _passed(self, place: str) -> tuple[Fluctuation, Second | None]:
+        """The fluctuation at a place, and the second order of its kernel."""
+        if place not in self._fluctuations:
+            rule = self._rules[place]
+            passage = Passage(
+                tuple(self._gram(source, self.kernel) for source in rule.sources),
+                tuple(self._passed(source)[0] for source in rule.sources),
+                self._gram(place, self._leading),
+                partial(self._of_pair, place),
+                self._grid_positions,
+                self._symbols[place],
+                self._on_grid(self._own_excess(place)),
+            )
+            self._fluctuations[place] = rule.fluctuates(passage)
+        return self._fluctuations[place]
+
+    def _gram(self, place: str, values: Callable[[str, View], np.ndarray]) -> Gram:
+        mm, nn, mn = (self._on_grid(values(place, view)) for view in ("mm", "nn", "mn"))
+        return Gram(mm, nn, mn)
+
+    @cached_property
+    def _grid(self) -> np.ndarray:
+        """The positions that fluctuations are followed at, where all pairs are."""
+        return position_grid(self._n_ctx, GRID)
+
+    @cached_property
+    def _grid_positions(self) -> Positions:
+        chosen = (self._grid[:, None], self._grid) if self._all_pairs else (self._m, self._n)
+        left, right = np.broadcast_arrays(*chosen)
+        return left.astype(float), right.astype(float)
+
+    def _on_grid(self, values: np.ndarray) -> np.ndarray:
+        whole = np.broadcast_to(values, np.broadcast_shapes(self._m.shape, self._n.shape))
+        return whole[np.ix_(self._grid - 1, self._grid - 1)] if self._all_pairs else whole
+
+    def _of_pair(self, place: str, mm: np.ndarray, nn: np.ndarray, mn: np.ndarray) -> np.ndarray:
+        """A rule's expression at other values of its source's kernel."""
+        function, arguments = _compiled(self._rules[place].expression)
+        known = {**self._symbols[place], "K_mm": mm, "K_nn": nn, "K_mn": mn}
+        known["X_mn"] = self._on_grid(self.excess(self._rules[place].sources[0]))
+        return np.asarray(function(*(known[argument.name] for argument in arguments)))
+
+    def _smooth(self, found: np.ndarray) -> np.ndarray:
+        """The same at the asked positions, interpolated between those of the grid in log m."""
+        if not self._all_pairs or len(self._grid) == self._n_ctx:
+            return found
+        return np.asarray(self._weights @ found @ self._weights.T)
+
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        """Of the grid's positions in each position."""
+        every = np.log(np.arange(1, self._n_ctx + 1))
+        return np.array(
+            [np.interp(every, np.log(self._grid), row) for row in np.eye(len(self._grid))]
+        ).T
+
+    def _everywhere(self, found: Gram, leading: np.ndarray, view: View) -> np.ndarray:
+        """A second-order term at the asked positions.
+
+        Between those of the grid what it is on the diagonal is interpolated, and what it has
+        beyond, in units of 1 - rho^2; in log m, rho of the leading order.
+        """
+        left, right = self._positions(view)
+        if not self._all_pairs:
+            if view == "mn":
+                return np.where(left == right, found.mm, found.mn)
+            alone = found.mm if view == "mm" else found.nn
+            return alone[tuple(map(slice, left.shape))]  # the same at every other position
+        same = np.equal.outer(self._grid, self._grid)
+        if len(self._grid) == self._n_ctx:
+            return np.where(same, found.mm, found.mn)
+        return _interpolated(found, leading, self._grid, self._weights)
 
     # ------------------------------------------------------------------- evaluation
 
@@ -266,6 +415,41 @@ class KernelValues:
         result = function(*(values[argument.name] for argument in arguments))
         shape = np.broadcast_shapes(left.shape, right.shape)
         return np.broadcast_to(np.asarray(result, dtype=float), shape)
+
+
+def _with_diagonal(matrix: np.ndarray, values: np.ndarray | float) -> np.ndarray:
+    """The matrix, which is changed."""
+    np.fill_diagonal(matrix, values)
+    return matrix
+
+
+def _continued(matrix: np.ndarray) -> np.ndarray:
+    """With the diagonal, where a ratio is 0/0, from the entries beside it."""
+    near = np.diagonal(matrix, 1)
+    mean = (np.append(near, near[-1]) + np.insert(near, 0, near[0])) / 2
+    return _with_diagonal(np.array(matrix), mean)
+
+
+def _interpolated(
+    found: Gram, leading: np.ndarray, grid: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """All pairs from those of a grid: see `KernelValues._everywhere`."""
+    root = np.sqrt(np.diagonal(leading))
+    size = np.multiply.outer(root, root)
+    at = np.ix_(grid - 1, grid - 1)
+    alone = np.diagonal(found.mm) / root[grid - 1] ** 2
+    beyond = found.mn - leading[at] * np.add.outer(alone, alone) / 2
+    open_ = size[at] - leading[at] ** 2 / size[at]
+    np.fill_diagonal(open_, 1.0)
+    whole = weights @ _continued(beyond / open_) @ weights.T
+    beside = leading**2
+    beside /= size
+    np.subtract(size, beside, out=beside)
+    whole *= beside
+    if alone.any():
+        smooth = weights @ alone
+        whole += leading * np.add.outer(smooth, smooth) / 2
+    return np.asarray(whole)
 
 
 def at_pairs(found: Sequence[np.ndarray] | np.ndarray | float, positions: Positions) -> np.ndarray:

@@ -140,6 +140,7 @@ kappa = _register("kappa", "gain over the variance of a token, g/sigma_x^2", NON
 n_vocab = _register("V", "number of tokens in the vocabulary", COUNT, "tokens", ("n_vocab",))
 p_2 = _register("p_2", "probability that two positions hold the same token", PROBABILITY)
 p_3 = _register("p_3", "probability that three positions hold the same token", PROBABILITY)
+p_4 = _register("p_4", "probability that four positions hold the same token", PROBABILITY)
 alpha = _register("alpha", "exponent of a Zipf law, p_v ~ v^-alpha", NON_NEGATIVE, latex=r"\alpha")
 x = _register("x", "value of a coordinate", REAL)
 v = _register("v", "variance of a coordinate", NON_NEGATIVE)
@@ -163,3 +164,33 @@ WEIGHT_STD = {
     "mlp_out": sigma_2,
 }
 """The symbol for the standard deviation of a weight of each role."""
+
+kappa_x = _register("kappa_x", "kurtosis of a coordinate of a vector", POSITIVE)
+nu_x = _register("nu_x", "E|x|^4/(E|x|^2)^2 of a vector", POSITIVE, latex=r"\nu_x")
+kappa_w = _register("kappa_w", "kurtosis of a matrix entry", POSITIVE, latex=r"\kappa_w")
+theta_w = _register(
+    "theta_w", "E w_i^2 w_j^2/(E w^2)^2 of two entries of a column", POSITIVE, latex=r"\theta_w"
+)
+kappa_b = _register("kappa_b", "kurtosis of the biases", POSITIVE)
+p_same = _register(
+    "p_same", "probability that a key of a row, its own included, is the query's token", PROBABILITY
+)
+
+
+def _of_roles(letter: str, meaning: str, domain: Domain) -> dict[str, sp.Symbol]:
+    """A symbol per role, with the index of the role's standard deviation."""
+    indices = {role: std.name.removeprefix("sigma_") for role, std in WEIGHT_STD.items()}
+    return {
+        role: _register(f"{letter}_{index}", f"{meaning}, role {role}", domain)
+        for role, index in indices.items()
+    }
+
+
+KURTOSIS = _of_roles("kappa", "kurtosis of a matrix entry", POSITIVE)
+"""The symbol for the kurtosis of an entry of each role's matrix."""
+
+PAIR_MOMENT = _of_roles("theta", "E w_i^2 w_j^2/(E w^2)^2 of two entries of a column", POSITIVE)
+"""1 for independent entries and a third of the kurtosis for a Haar matrix, by role."""
+
+UNKNOWN = (kappa_x, v)
+"""What no question binds: a prediction in them holds only where they cancel."""

@@ -32,8 +32,6 @@ REQUIRED = [
     "zuo2025.score",
 ]
 TOLERANCE = 0.025
-WITHOUT_EXPECTATION = {"ours.init.orthogonal.kurtosis"}
-"""Claims that the calculus has no second word on: its fourth moments want Gaussian weights."""
 SIZES = {
     "default": {},
     "smallest": {"d_model": 2, "n_ctx": 3},
@@ -69,7 +67,7 @@ def test_a_claim_says_what_it_says(claim):
     assert claim.asserts
     assert not set(claim.assumes) & set(claim.asserts)
     assert isinstance(claim.status, theory.Status)
-    assert claim.expected is not None or claim.id in WITHOUT_EXPECTATION
+    assert claim.expected is not None
 
 
 @pytest.mark.parametrize("identifier", REQUIRED)
@@ -106,11 +104,7 @@ def test_default_bands_are_informative(identifier):
     assert max(widths) <= UNINFORMATIVE_BAND
 
 
-EXACT_IDS = [
-    claim.id
-    for claim in theory.claims()
-    if claim.status is theory.Status.EXACT and claim.id not in WITHOUT_EXPECTATION
-]
+EXACT_IDS = [claim.id for claim in theory.claims() if claim.status is theory.Status.EXACT]
 
 
 @pytest.mark.parametrize("identifier", EXACT_IDS)

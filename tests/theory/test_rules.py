@@ -21,6 +21,11 @@ from theory.symbols import d, d_ff, eps, m, n, sigma_b, sigma_o, sigma_v, sigma_
 SIGNS = (-1, 1)
 NODES = {-1: Fraction(1, 6), 0: Fraction(2, 3), 1: Fraction(1, 6)}
 """Nodes in units of sqrt(3)."""
+GAUSSIAN = {
+    **dict.fromkeys(symbols.KURTOSIS.values(), 3),
+    **dict.fromkeys(symbols.PAIR_MOMENT.values(), 1),
+}
+"""The fourth moments of Gaussian weights."""
 
 
 def rules(**options):
@@ -231,7 +236,7 @@ def product_kurtosis(width):
 def test_logit_kurtosis_by_the_three_point_rule(width):
     """A logit is a sum of d_h products of Gaussians: 3 + 6/d_h."""
     claimed = rules(attention="softmax", d_ff=0)["blocks.0.attn.scores"].traits.kurtosis
-    assert claimed.subs(symbols.d_h, width) == product_kurtosis(width)
+    assert claimed.subs({**GAUSSIAN, symbols.d_h: width}) == product_kurtosis(width)
     assert theory.formula("attention.logit_kurtosis")(d_h=width) == float(product_kurtosis(width))
 
 
@@ -239,7 +244,7 @@ def test_logit_kurtosis_by_the_three_point_rule(width):
 def test_kurtosis_of_a_map_of_raw_tokens_by_the_three_point_rule(width):
     """Without a norm in front q is a Gaussian with a random variance: 3 (1 + 2/d)."""
     claimed = rules(norm_position="none", d_ff=0)["blocks.0.attn.q"].traits.kurtosis
-    assert claimed.subs(d, width) == product_kurtosis(width)
+    assert claimed.subs({**GAUSSIAN, d: width}) == product_kurtosis(width)
 
 
 def test_residual_by_enumerating_the_branch_weights():

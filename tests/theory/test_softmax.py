@@ -9,6 +9,7 @@ from scipy.special import expit
 
 from theory.formula import Status
 from theory.formulas import softmax, softmax_expansions, softmax_table
+from theory.formulas.logits import Logits
 from theory.formulas.softmax import (
     BreakdownLength,
     Entropy,
@@ -19,6 +20,7 @@ from theory.formulas.softmax import (
     SharedWithLonger,
     Tilt,
     Transforms,
+    WeightedSquare,
     mixed,
 )
 from theory.formulas.softmax_expansions import (
@@ -29,7 +31,7 @@ from theory.formulas.softmax_expansions import (
 from theory.formulas.softmax_table import ParticipationTable
 from theory.symbols import d, m, s
 
-MEANS = (Participation, Tilt, SharedTilt, ParticipationSecondMoment, Entropy)
+MEANS = (Participation, Tilt, SharedTilt, ParticipationSecondMoment, Entropy, WeightedSquare)
 FORMULAS = {
     formula.name: formula
     for module in (softmax, softmax_expansions)
@@ -56,7 +58,7 @@ def panels(low, high, count):
 
 
 def nested(length, spread):
-    """All five means by Gauss-Legendre in z and in ln t, as THEORY states them.
+    """All six means by Gauss-Legendre in z and in ln t, as THEORY states them.
 
     No trapezoidal rule, no Stein's lemma for the tilt, e^-t in the entropy.
     """
@@ -64,7 +66,7 @@ def nested(length, spread):
     weights = weights * np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
     low, high = -40 - np.log(length) - 12 * spread, 5 + 9 * spread
     points, outer = panels(low, high, int((high - low) / max(1.5, spread / 3)))
-    sums = np.zeros(5)
+    sums = np.zeros(6)
     for x, weight in zip(points.reshape(-1, 24), outer.reshape(-1, 24), strict=True):
         sums += integrands(length, spread, x, z, weights) @ weight
     A = sums[0]
@@ -74,11 +76,12 @@ def nested(length, spread):
         SharedTilt: sums[2],
         ParticipationSecondMoment: sums[3],
         Entropy: sums[4] - spread**2 * (1 - A),
+        WeightedSquare: sums[5],
     }
 
 
 def integrands(length, spread, x, z, weights):
-    """What stands under the five integrals over x = ln t."""
+    """What stands under the six integrals over x = ln t."""
     u = np.exp(np.minimum(x[:, None] + spread * z, 7))
     damping = np.exp(-u)
 
@@ -96,12 +99,13 @@ def integrands(length, spread, x, z, weights):
             mean(1, 1) ** 2 * two,
             (mean(0, 4) * one + mean(0, 2) ** 2 * two) / 6,
             np.exp(-np.exp(np.minimum(x, 7))) - np.exp(length * log_phi),
+            mean(2, 1) * one,
         ]
     )
 
 
 def of_two(spread):
-    """All five at m = 2, integrals over y = (z_1 - z_2)/sqrt(2) alone: T = tanh(s y/sqrt(2))."""
+    """All six at m = 2, integrals over y = (z_1 - z_2)/sqrt(2) alone: T = tanh(s y/sqrt(2))."""
     root = mpmath.sqrt(2)
 
     def entropy(y):
@@ -116,6 +120,7 @@ def of_two(spread):
         SharedTilt: lambda y, T: (1 - T**2) * (1 - y**2) / 4,
         ParticipationSecondMoment: lambda y, T: (1 + T**2) ** 2 / 4,
         Entropy: lambda y, T: entropy(y),
+        WeightedSquare: lambda y, T: (1 + y**2) / 2,
     }
     breaks = [0, 0.1, 0.3, 1, 3, 6, 12] if spread > 3 else [0, 3, 6, 12]
     return {
@@ -126,12 +131,13 @@ def of_two(spread):
 
 
 def draws(rng, count, length, spread):
-    """Per draw: sum a^2, (sum a z)^2, its off-diagonal part, (sum a^2)^2, -sum a ln a."""
+    """Per draw what `MEANS` are means of: sum a^2, (sum a z)^2, its off-diagonal part, ..."""
     z = rng.standard_normal((count, length))
     a = weights_of(spread * z)
     squares, tilt = (a**2).sum(1), (a * z).sum(1) ** 2
     off = tilt - (a**2 * z**2).sum(1)
-    return np.stack([squares, tilt, off, squares**2, -(a * np.log(a)).sum(1)])
+    entropy, square = -(a * np.log(a)).sum(1), (a * z**2).sum(1)
+    return np.stack([squares, tilt, off, squares**2, entropy, square])
 
 
 def weights_of(logits):
@@ -140,7 +146,7 @@ def weights_of(logits):
     return powers / powers.sum(-1, keepdims=True)
 
 
-# ------------------------------------------------------------------- the five means
+# ------------------------------------------------------------------- the six means
 
 
 POINTS = [
@@ -183,7 +189,7 @@ def test_against_simulation(length, spread):
 
 @pytest.mark.parametrize("function", MEANS)
 def test_certain_weights_are_exact(function):
-    """m = 1 at any s, and s = 0 at any m: 1/m, 1/m, 0, 1/m^2, ln m to the bit."""
+    """m = 1 at any s, and s = 0 at any m: 1/m, 1/m, 0, 1/m^2, ln m, 1 to the bit."""
     lengths = np.array([1, 2, 7, 100_000])
     expected = {
         Participation: 1 / lengths,
@@ -191,6 +197,7 @@ def test_certain_weights_are_exact(function):
         SharedTilt: 0 * lengths,
         ParticipationSecondMoment: 1 / lengths**2.0,
         Entropy: np.log(lengths),
+        WeightedSquare: np.ones(4),
     }[function]
     assert (function.numbers(lengths, 0.0) == expected).all()
     assert (function.numbers(1, np.array(SPREADS)) == expected[0]).all()
@@ -386,13 +393,13 @@ def test_mixture_by_laguerre_nodes(width, function):
     lengths, spread = np.array([2, 300]), 0.8
     at_nodes = function.numbers(lengths[:, None], spread * np.sqrt(nodes / (width / 2)))
     expected = at_nodes @ vectors[0] ** 2
-    assert np.abs(mixed(function, lengths, spread, width) / expected - 1).max() < PROMISE
+    assert np.abs(mixed(function, Logits(width), lengths, spread) / expected - 1).max() < PROMISE
 
 
 def test_infinite_heads_are_not_mixed():
     """d_h = inf is A itself, in one array with others; d_h -> inf approaches it as 1/d_h."""
     lengths, widths = np.array([2, 64])[:, None], np.array([np.inf, 1e6, 2e6])
-    found = mixed(Participation, lengths, 1.2, widths)
+    found = ParticipationFiniteHead.numbers(lengths, 1.2, widths)
     plain = Participation.numbers(lengths[:, 0], 1.2)
     assert (found[:, 0] == plain).all()
     left = found[:, 1:] - plain[:, None]
@@ -406,7 +413,7 @@ def test_mixture_by_simulation():
     squares = (weights_of(1.3 * np.sqrt(u) * rng.standard_normal((count, length))) ** 2).sum(1)
     for function, found in ((Participation, squares), (ParticipationSecondMoment, squares**2)):
         error = found.std() / np.sqrt(count)
-        assert abs(found.mean() - float(mixed(function, length, 1.3, 2))) < 5 * error
+        assert abs(found.mean() - float(mixed(function, Logits(2), length, 1.3))) < 5 * error
 
 
 # ------------------------------------------------------------------- outputs
@@ -507,11 +514,11 @@ def test_leading_breakdown_length_within_its_remainder(spread):
 )
 def test_a_table_is_the_mixture(m_max, s_max, d_h):
     """m P - 1 and P_2/P^2 - 1 to 1e-6 of the larger of the value and 1/1000; 0 at s = 0."""
-    table = ParticipationTable(m_max, s_max, d_h)
+    table = ParticipationTable(m_max, s_max, Logits(d_h))
     lengths = np.unique(np.geomspace(1, m_max, 20).astype(int))[:, None]
     spreads = s_max * np.array([0, 1e-3, 0.03, 0.2, 0.5, 0.77, 1.0])
-    P = mixed(Participation, lengths, spreads, d_h)
-    P_2 = mixed(ParticipationSecondMoment, lengths, spreads, d_h)
+    P = mixed(Participation, Logits(d_h), lengths, spreads)
+    P_2 = mixed(ParticipationSecondMoment, Logits(d_h), lengths, spreads)
     found = table(lengths, spreads**2), table.relative_variance(lengths, spreads**2)
     for values, expected in zip(found, (lengths * P - 1, P_2 / P**2 - 1), strict=True):
         assert (np.abs(values - expected) < 1e-6 * np.maximum(expected, 1e-3)).all()
@@ -520,7 +527,7 @@ def test_a_table_is_the_mixture(m_max, s_max, d_h):
 
 def test_a_restricted_table_is_the_table():
     """A short series on part of the variances: 1e-6 over a factor of two, the end beyond it."""
-    table, least = ParticipationTable(40, 2.0, 64), np.linspace(0, 1.6, 40)
+    table, least = ParticipationTable(40, 2.0, Logits(64)), np.linspace(0, 1.6, 40)
     for largest, within in ((least, 1e-12), (2 * least, 1e-6)):
         short = table.restricted(SharedWithLonger, least, largest)
         variances = least + (largest - least) * np.linspace(0, 1, 9)[:, None]
@@ -533,7 +540,7 @@ def test_a_restricted_table_is_the_table():
 
 def test_a_table_broadcasts_like_its_entries():
     """Gathered entries equal those of the whole grid."""
-    table, rng = ParticipationTable(40, 1.0, 64), np.random.default_rng(0)
+    table, rng = ParticipationTable(40, 1.0, Logits(64)), np.random.default_rng(0)
     every, variances = np.arange(1, 41)[:, None], rng.uniform(0, 1, 30)
     grid, pick = table(every, variances), rng.integers(0, [[40], [30]], (2, 100))
     assert grid.shape == (40, 30)
@@ -543,9 +550,9 @@ def test_a_table_broadcasts_like_its_entries():
 
 def test_equal_tables_are_built_once():
     """The coefficients are kept by the table's arguments."""
-    ParticipationTable(12, 0.5, 4)(1, 0.1)
+    ParticipationTable(12, 0.5, Logits(4))(1, 0.1)
     before = softmax_table._logarithms.cache_info()
-    ParticipationTable(12, 0.5, 4)(2, 0.2)
+    ParticipationTable(12, 0.5, Logits(4))(2, 0.2)
     after = softmax_table._logarithms.cache_info()
     assert (after.misses, after.hits) == (before.misses, before.hits + 1)
 
@@ -563,10 +570,10 @@ def test_equal_tables_are_built_once():
 def test_a_table_refuses_what_it_does_not_hold(positions, variances, named):
     """Positions and variances beyond the table, with the remedy."""
     with pytest.raises(ValueError, match=f"{named}.*; build a larger table"):
-        ParticipationTable(8, 1.0, 64)(positions, variances)
+        ParticipationTable(8, 1.0, Logits(64))(positions, variances)
 
 
-@pytest.mark.parametrize("arguments", [(0, 1.0, 4), (2.5, 1.0, 4), (8, -1.0, 4), (8, 1.0, 0)])
+@pytest.mark.parametrize("arguments", [(0, 1.0), (2.5, 1.0), (8, -1.0)])
 def test_a_table_refuses_wrong_arguments(arguments):
     """m_max whole, s_max positive, d_h at least 1."""
     with pytest.raises(ValueError, match="expected"):
@@ -579,7 +586,7 @@ def test_temperatures_out_of_reach_are_refused(monkeypatch):
         Participation.numbers(2, 301.0)
     monkeypatch.setattr(softmax_table, "DEGREES", (8,))
     with pytest.raises(ValueError, match=r"up to 8, got more; lower s_max"):
-        ParticipationTable(7, 2.0, 32)(1, 0.0)
+        ParticipationTable(7, 2.0, Logits(32))(1, 0.0)
 
 
 # ------------------------------------------------------------------- as formulas

@@ -15,6 +15,7 @@ from theory.kernel import J, K, Q
 from theory.rules import mixing as rules_mixing
 from theory.rules.mixing import (
     EVERY,
+    KeyWidth,
     Mixing,
     Pairs,
     Prefixed,
@@ -262,8 +263,9 @@ def test_neighbouring_keys_may_be_summed_in_groups():
 
 def test_logits_that_no_quadrature_covers_are_refused():
     """One line, with what would be covered."""
-    with pytest.raises(NotImplementedError, match=r"up to 32\.\d at d_head = 1, got 64; use"):
-        covering_table(4, 64.0**2, 1)
+    refused = r"up to 1\d\.\d for Logits\(d_h=1, .*got 64; use"
+    with pytest.raises(NotImplementedError, match=refused):
+        covering_table(4, 64.0**2, KeyWidth(1, np.inf, 0, True))
 
 
 @pytest.mark.parametrize("treatment", [first_order_kernel, any_temperature])
@@ -325,14 +327,15 @@ def test_equal_keys_are_attended_uniformly():
 
 
 def test_the_spread_of_a_prefix_by_its_definition():
-    """Mean of the diagonal less the mean of the rest, at every length; 0 for one key."""
+    """Mean of the diagonal less the mean of the rest, at every length; of one key with the next."""
     root = np.random.default_rng(3).standard_normal((6, 6))
     values = root @ root.T
-    expected = [0.0]
+    expected = [values[0, 0] - values[0, 1]]
     for length in range(2, 7):
         head = values[:length, :length]
         expected.append(head.trace() / length - head[~np.eye(length, dtype=bool)].mean())
     assert np.abs(Prefixed(values).spread - expected).max() <= 1e-13 * np.abs(values).max()
+    assert Prefixed(values[:1, :1]).spread.tolist() == [0.0]
 
 
 @pytest.mark.parametrize(("d_h", "spread"), [(1, 0.4), (4, 0.8)])

@@ -7,6 +7,7 @@ from scipy.integrate import quad
 import nope
 from nope.init import normal
 from nope.questions import Question, Weights, coordinate_grid, given_weights
+from theory.formulas import formula
 from theory.formulas.stream import coordinate_variance
 from theory.papers.chi2023 import second_order_lemma4
 
@@ -164,6 +165,20 @@ def test_the_claims_theory_is_within_its_remainder_at_the_first_position(width, 
     found = second_order_lemma4(question)
     exact = exact_first_position(M)[coordinate_grid(width)]
     assert (np.abs(found.values[0] - exact) <= found.remainder[0]).all()
+
+
+@pytest.mark.parametrize("kappa", [0.1, 1.0, 5.0])
+@pytest.mark.parametrize("width", [16, 64])
+def test_the_formula_is_within_its_remainder(width, kappa):
+    """The first-order form against the exact integral, every coordinate; not ten times too wide."""
+    std = (kappa**0.5 * TOKEN / width) ** 0.5
+    M, law = value_map(4, width, std), formula("residual.coordinate_variance")
+    known = {"M_jj": np.diag(M), "M_j2": (M**2).sum(1), "m": 1, "d": width}
+    known |= {"sigma": std, "sigma_x": TOKEN}
+    gap = np.abs(law(**known) - exact_first_position(M))
+    remainder = law.remainder_at(**known)
+    assert (gap <= remainder).all()
+    assert root_mean_square(remainder) < 20 * root_mean_square(gap)
 
 
 @pytest.mark.parametrize("width", [32, 64])

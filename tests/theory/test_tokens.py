@@ -13,7 +13,7 @@ import montecarlo
 import nope
 from nope.tokens import EmbeddingTokens, GaussianTokens, TextTokens, WithBos
 from theory.formulas import tokens as repetition
-from theory.formulas.tokens import collision_matrix, count_moments, prefix_mean_kernel
+from theory.formulas.tokens import collision_matrix, pair_moments, prefix_mean_kernel, sample_ids
 
 FORMULAS = {found.name: found for found in repetition.formulas()}
 KERNEL = FORMULAS["tokens.uniform_kernel"]
@@ -25,8 +25,8 @@ SKEWED = (Fraction(1, 2), Fraction(1, 3), Fraction(1, 6))
 EVEN = (Fraction(1, 4),) * 4
 
 
-def power_sums(probabilities):
-    return {f"p_{k}": float(sum(p**k for p in probabilities)) for k in (2, 3)}
+def power_sums(probabilities, *orders):
+    return {f"p_{k}": float(sum(p**k for p in probabilities)) for k in orders or (2, 3)}
 
 
 def every_pattern(probabilities, length):
@@ -41,16 +41,39 @@ def equal(ids):
     return (ids[:, :, None] == ids[:, None, :]).astype(float)
 
 
-def pair_sums(ids):
-    """sum N, |JNJ|^2 and sum [(JNJ)_nn - tr(JNJ)/m] N_nn', over m^2, by the matrices themselves."""
-    length = ids.shape[1]
-    N = equal(ids)
+def deviation(N, length):
+    """(JNJ)_ii - tr(JNJ)/m over a prefix of N."""
     J = np.eye(length) - 1 / length
-    centred = J @ N @ J
-    diagonal = np.einsum("knn->kn", centred)
-    deviation = diagonal - diagonal.mean(1, keepdims=True)
-    tilt, reweighting = (centred**2).sum((1, 2)), (deviation[:, :, None] * N).sum((1, 2))
-    return np.stack([N.sum((1, 2)), tilt, reweighting]) / length**2
+    diagonal = np.einsum("kii->ki", J @ N[:, :length, :length] @ J)
+    return diagonal - diagonal.mean(1, keepdims=True)
+
+
+def pair_sums(ids, m, n):
+    """sum N, N_mn tr(J_m N J_n N), the same without N_mn, and sum [D_m(i) + D_n(j)] N_ij/2.
+
+    Over mn, one row each, by the matrices themselves.
+    """
+    N = equal(ids)
+    block = N[:, :m, :n]
+    centred = (np.eye(m) - 1 / m) @ block @ (np.eye(n) - 1 / n)
+    common = (centred * block).sum((1, 2))
+    both = deviation(N, m)[:, :, None] + deviation(N, n)[:, None, :]
+    reweighting = (both * block).sum((1, 2)) / 2
+    sums = block.sum((1, 2)), N[:, m - 1, n - 1] * common, common, reweighting
+    return np.stack(sums) / (m * n)
+
+
+def of_moments(found):
+    return np.stack([found.collision, found.tilt, found.common_tilt, found.reweighting])
+
+
+def moments_by_enumeration(patterns, weights):
+    """The same of all pairs of prefixes."""
+    length = patterns.shape[1]
+    sums = np.empty((4, length, length))
+    for m, n in itertools.product(range(1, length + 1), repeat=2):
+        sums[:, m - 1, n - 1] = pair_sums(patterns, m, n) @ weights
+    return sums
 
 
 # ------------------------------------------------------------------------------- collisions
@@ -120,7 +143,7 @@ def test_a_bos_equals_nothing_else(short_text, length):
         assert np.array_equal(found[1:, 1:], collision_matrix(tokens, length - 1))
 
 
-@pytest.mark.parametrize("function", [collision_matrix, count_moments])
+@pytest.mark.parametrize("function", [collision_matrix, pair_moments, sample_ids])
 def test_tokens_of_another_kind_are_refused(function):
     """Not taken for Gaussian."""
     with pytest.raises(NotImplementedError, match=r"expected GaussianTokens, .* register its"):
@@ -135,34 +158,45 @@ def test_tokens_of_another_kind_are_refused(function):
 def test_pair_sums_of_independent_ids_by_enumeration(probabilities, length):
     """Every pattern of ids, with the matrices J N J written out."""
     ids, weights = every_pattern(probabilities, length)
-    collision, tilt, reweighting = pair_sums(ids) @ weights
-    sums = power_sums(probabilities)
+    collision, tilt, _, reweighting = pair_sums(ids, length, length) @ weights
+    sums = power_sums(probabilities, 2, 3)
     assert abs(FORMULAS["tokens.tilt"](m=length, **sums) - tilt) < ROUNDING
     assert abs(FORMULAS["tokens.reweighting"](m=length, **sums) - reweighting) < ROUNDING
     one = KERNEL(m=length, n=length, sigma_x=1.0, p_2=sums["p_2"])
     assert abs(one - collision) < ROUNDING
 
 
+@pytest.mark.parametrize("probabilities", [SKEWED, EVEN], ids=["skewed", "even"])
+@pytest.mark.parametrize(("m", "n"), [(2, 1), (3, 2), (5, 2), (6, 3), (6, 5)])
+def test_sums_over_two_prefixes_by_enumeration(probabilities, m, n):
+    """What queries at m and n < m share, every pattern of ids."""
+    ids, weights = every_pattern(probabilities, m)
+    _, tilt, _, reweighting = pair_sums(ids, m, n) @ weights
+    shared = FORMULAS["tokens.shared_tilt"]
+    assert abs(shared(m=m, n=n, **power_sums(probabilities, 2, 3, 4)) - tilt) < ROUNDING
+    shared = FORMULAS["tokens.shared_reweighting"]
+    assert abs(shared(m=m, n=n, **power_sums(probabilities, 2, 3)) - reweighting) < ROUNDING
+
+
 def test_moments_of_tokens_by_enumeration():
-    """`count_moments` of a Zipf vocabulary with and without a BOS, prefix by prefix."""
+    """`pair_moments` of a Zipf vocabulary with and without a BOS, all pairs of prefixes."""
     tokens, length = EmbeddingTokens(3, exponent=1.0), 5
     ids, weights = every_pattern([Fraction(6, 11) / v for v in (1, 2, 3)], length)
     started = np.hstack([np.full((len(ids), 1), 3), ids])
     for model, patterns in ((tokens, ids), (WithBos(tokens), started)):
-        found = count_moments(model, patterns.shape[1])
-        for prefix in range(1, patterns.shape[1] + 1):
-            expected = pair_sums(patterns[:, :prefix]) @ weights
-            got = [x[prefix - 1] for x in (found.collision, found.tilt, found.reweighting)]
-            assert np.abs(np.array(got) - expected).max() < ROUNDING
+        found = of_moments(pair_moments(model, patterns.shape[1]))
+        assert np.abs(found - moments_by_enumeration(patterns, weights)).max() < ROUNDING
 
 
 def test_moments_of_a_text_over_every_window(short_text):
-    """With fewer windows than the limit, the average over all of them."""
-    found, windows = count_moments(short_text, 12), every_window(short_text, 12)
-    for prefix in range(1, 13):
-        expected = pair_sums(windows[:, :prefix]).mean(1)
-        got = [x[prefix - 1] for x in (found.collision, found.tilt, found.reweighting)]
-        assert np.abs(np.array(got) - expected).max() < ROUNDING
+    """With fewer windows than the limit, the average over all of them and its standard error."""
+    found, windows = pair_moments(short_text, 9), every_window(short_text, 9)
+    assert np.array_equal(sample_ids(short_text, 9), windows)
+    expected = moments_by_enumeration(windows, np.full(len(windows), 1 / len(windows)))
+    assert np.abs(of_moments(found) - expected).max() < ROUNDING
+    _, tilt, _, reweighting = pair_sums(windows, 9, 4)
+    error = (tilt + reweighting).std() / math.sqrt(len(windows))
+    assert abs(found.standard_error[8, 3] - error) < ROUNDING
 
 
 def test_moments_of_a_long_text_agree_with_its_collisions():
@@ -172,16 +206,19 @@ def test_moments_of_a_long_text_agree_with_its_collisions():
     """
     tokens, length = TextTokens(), 64
     exact = prefix_mean_kernel(tokens, length).diagonal() / tokens.std**2
-    found = count_moments(tokens, length).collision
+    found = pair_moments(tokens, length).collision.diagonal()
     assert (np.abs(found / exact - 1) < Z / math.sqrt(repetition.WINDOWS)).all()
     assert np.abs(found / exact - 1).max() > 0
 
 
 def test_without_repetition_the_moments_are_those_of_distinct_keys():
-    """Gaussian tokens: 1/m, (m-1)/m^2 and 0, the law E sum a^2 = (1 + s^2 (1 - 1/m))/m."""
-    found, counts = count_moments(GaussianTokens(), 9), np.arange(1.0, 10)
-    assert np.abs(found.collision - 1 / counts).max() < ROUNDING
-    assert np.abs(found.tilt - (counts - 1) / counts**2).max() < ROUNDING
+    """Gaussian tokens: 1/max(m, n), (m-1)/m^2 on the diagonal only, and 0.
+
+    The law E sum a^2 = (1 + s^2 (1 - 1/m))/m.
+    """
+    found, counts = pair_moments(GaussianTokens(), 9), np.arange(1.0, 10)
+    assert np.abs(found.collision - 1 / np.maximum.outer(counts, counts)).max() < ROUNDING
+    assert np.abs(found.tilt - np.diag((counts - 1) / counts**2)).max() < ROUNDING
     assert np.abs(found.reweighting).max() < ROUNDING
 
 

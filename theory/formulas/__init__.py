@@ -20,6 +20,7 @@ def formulas() -> Mapping[str, Formula]:
         cosine,
         depth,
         duals,
+        kurtosis,
         laws,
         norm,
         outputs,
@@ -43,6 +44,7 @@ def formulas() -> Mapping[str, Formula]:
         collapse,
         tokens,
         weingarten,
+        kurtosis,
         laws,
     )
     return {found.name: found for module in modules for found in module.formulas()}

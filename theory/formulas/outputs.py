@@ -16,6 +16,7 @@ import sympy as sp
 
 from theory.formula import Formula, Numeric, Status
 from theory.formulas.softmax import (
+    FiniteWidth,
     Participation,
     ParticipationFiniteHead,
     ParticipationSecondMoment,
@@ -23,9 +24,9 @@ from theory.formulas.softmax import (
     SoftmaxMean,
     Tilt,
     Transforms,
-    mixed,
+    WeightedSquare,
 )
-from theory.formulas.softmax_table import ParticipationTable
+from theory.formulas.softmax_table import Tabulated
 from theory.symbols import H, d, d_h, g, m, n, s
 
 
@@ -44,7 +45,7 @@ class InverseRootParticipation(SoftmaxMean):
 
     @classmethod
     def integrated(cls, positions: np.ndarray, transforms: Transforms) -> np.ndarray:
-        doubled = Transforms(2 * transforms.s, positions.max(), least=0.5)
+        doubled = Transforms(2 * transforms.s, positions.max(), 0.5, transforms.logits)
         return np.asarray(doubled.integral(positions, 1, doubled.moment(0.5)) / np.sqrt(np.pi))
 
 
@@ -63,26 +64,34 @@ class SharedTiltSlope(SoftmaxMean):
         return {2: (transforms.shared() / transforms.s) ** 2}
 
 
-class SharedTiltFiniteHead(Numeric):
-    """E_u B_off(m, s sqrt(u)), u = chi^2_{d_h}/d_h."""
+class SharedTiltFiniteHead(FiniteWidth):
+    """E_u B_off(m, s sqrt(u))."""
 
-    by = "two one-dimensional quadratures"
-    nargs = 3
-
-    @classmethod
-    def numbers(cls, *arrays: np.ndarray) -> np.ndarray:
-        return mixed(SharedTilt, *arrays)
+    letter = r"B_{\mathrm{off}}"
+    function = SharedTilt
 
 
-class TiltFiniteHead(Numeric):
-    """E_u B(m, s sqrt(u)), u = chi^2_{d_h}/d_h."""
+class WeightedSquareFiniteHead(FiniteWidth):
+    """E_u S(m, s sqrt(u))."""
 
-    by = "two one-dimensional quadratures"
-    nargs = 3
+    letter = "S"
+    function = WeightedSquare
 
-    @classmethod
-    def numbers(cls, *arrays: np.ndarray) -> np.ndarray:
-        return mixed(Tilt, *arrays)
+
+class GaussianKeysParticipation(FiniteWidth):
+    """E_u A(m, s sqrt(u)) over keys whose norm fluctuates."""
+
+    letter = "P"
+    function = Participation
+    fixed_norm = False
+
+
+class GaussianKeysTilt(FiniteWidth):
+    """E_u B(m, s sqrt(u)) over keys whose norm fluctuates."""
+
+    letter = "B"
+    function = Tilt
+    fixed_norm = False
 
 
 def mean_over_heads(single: Any, relative_variance: Any, heads: Any) -> Any:
@@ -96,6 +105,23 @@ def mean_over_heads(single: Any, relative_variance: Any, heads: Any) -> Any:
     return leading / heads + (single - leading) / heads**2
 
 
+class SecondMomentFiniteHead(FiniteWidth):
+    """E_u E (sum a^2)^2."""
+
+    letter = "P_2"
+    function = ParticipationSecondMoment
+
+
+class InverseRootFiniteHead(FiniteWidth):
+    """E_u E (sum a^2)^(-1/2)."""
+
+    letter = "R"
+    function = InverseRootParticipation
+
+
+PARTICIPATIONS = (ParticipationFiniteHead, SecondMomentFiniteHead, InverseRootFiniteHead)
+
+
 class RootBias(Numeric):
     """E (P/E P)^(-1/2) - 1 of the participation averaged over H heads of width d_h."""
 
@@ -104,64 +130,73 @@ class RootBias(Numeric):
 
     @classmethod
     def numbers(cls, *arrays: np.ndarray) -> np.ndarray:
-        positions, spread, degrees, heads = arrays
-        mean = mixed(Participation, positions, spread, degrees)
-        square = mixed(ParticipationSecondMoment, positions, spread, degrees)
-        root = mixed(InverseRootParticipation, positions, spread, degrees)
+        *of_one_head, heads = arrays
+        mean, square, root = (kind.numbers(*of_one_head) for kind in PARTICIPATIONS)
         return np.asarray(mean_over_heads(root * np.sqrt(mean) - 1, square / mean**2 - 1, heads))
 
 
-def root_bias(table: ParticipationTable, positions: Any, variances: Any) -> np.ndarray:
+def root_bias(table: Tabulated, positions: Any, variances: Any) -> np.ndarray:
     """`RootBias` of one head, from a table."""
     root = table.logarithm(InverseRootParticipation, positions, variances)
     return np.expm1(root + table.logarithm(Participation, positions, variances) / 2)
 
 
-def tilt_growth(table: ParticipationTable, positions: Any, variances: Any) -> np.ndarray:
+def tilt_growth(table: Tabulated, positions: Any, variances: Any) -> np.ndarray:
     """B_off/s^2 over its value at s = 0, from a table."""
     return np.asarray(np.exp(table.logarithm(SharedTiltSlope, positions, variances)))
 
 
-def width_coefficient(fixed_norm: bool) -> sp.Rational:
-    """What a finite width d adds to ln m A, over (ln m A)^2/d: -5/2 for keys of fixed norm, else 1.
-
-    Given the query, a logit is |w| <w/|w|, e_n>: |w|^2 has a relative variance of 2/d and a
-    coordinate of a sphere an excess kurtosis of -6/d, a Gaussian one none.  In a long prefix
-    ln m A is kappa(2) - 2 kappa(1), kappa the cumulant generating function, s^2 to leading
-    order; it is read off ln m A itself, which saturates where attention condenses.
-    """
-    theta = sp.Symbol("theta")
-    kurtosis, spread = (-6 if fixed_norm else 0), 2
-    kappa = kurtosis * theta**4 / 24
-    return kappa.subs(theta, 2) - 2 * kappa.subs(theta, 1) + sp.Rational(spread, 2)
-
-
 def participation(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
     """E sum_n a_mn^2 of a real layer: heads of width d_h, keys of `freedom` dimensions."""
-    A = ParticipationFiniteHead(m, spread, d_h)
-    return A * sp.exp(width_coefficient(fixed_norm) * sp.log(m * A) ** 2 / freedom)
+    kind = ParticipationFiniteHead if fixed_norm else GaussianKeysParticipation
+    return kind(m, spread, d_h, freedom)
 
 
 def shared_norm(position: sp.Expr) -> sp.Expr:
-    """h(m) = (m - 1)(m - 2)/m^2: what keys of fixed norm take from pairs of queries, over s^2/d."""
+    """h(m) = (m - 1)(m - 2)/m^2: S - 1 over s^2, for small logits."""
     return (position - 1) * (position - 2) / position**2
 
 
 def second_moment(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
-    """E|o_m|^2 over that of one value: A + B_off/d, or ((d - 1) A + B)/d where norms fluctuate."""
+    """E|o_m|^2 over that of one value: A + B_off/D, or ((d - 1) A + B)/d where norms fluctuate.
+
+    The part of every value along the direction of the query is its logit, the rest is independent
+    of the weights.  Exact over tokens of fixed norm; where norms fluctuate but for the query's
+    own key, whose norm is that of the query too.
+    """
     A = participation(spread, freedom, fixed_norm)
     if fixed_norm:
-        return A + SharedTiltFiniteHead(m, spread, d_h) / freedom
-    return ((d - 1) * A + TiltFiniteHead(m, spread, d_h)) / d
+        return A + SharedTiltFiniteHead(m, spread, d_h, freedom) / freedom
+    return ((d - 1) * A + GaussianKeysTilt(m, spread, d_h, freedom)) / d
 
 
 def overlap(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
-    """E<o_m, o_n> over that of one value, m != n: 1/max(m, n), less what fixed norms take.
+    """E<o_m, o_n> over that of one value, m != n: 1/max(m, n) to leading order.
 
-    1/(1 + x) for 1 - x, x = (s^2/d)(h(m) + h(n)): the same to the order known, and positive.
+    With T = S - 1, to first order in the widths:  fixed norms take (T_m + T_n)/D, since of other
+    keys E<e_i, e_j | logits> = (z_mi z_mj + z_ni z_nj)/D and by Stein's lemma
+    E sum_i a_mi z_mi sum_(j != i) z_mj = 1 - S_m.  Queries of a head agree by chance, r^2 = 1/d_h
+    (and the keys of two random directions by 1/D where norms fluctuate), which adds
+    T_m T_n r^2/2 (1 + 1/(max - 1)) by Mehler's expansion.  1/(1 + x) stands for 1 - x: the same
+    to the order known, and positive.
     """
-    taken = spread**2 / freedom * (shared_norm(m) + shared_norm(n)) if fixed_norm else 0
-    return 1 / sp.Max(m, n) / (1 + taken)
+    T: sp.Expr = WeightedSquareFiniteHead(m, spread, d_h, freedom) - 1
+    longer = sp.Max(m, n)
+    other = T.subs(m, n)
+    taken = (T + other) / freedom if fixed_norm else 0
+    agreement = 1 / d_h + (0 if fixed_norm else 1 / freedom)
+    given = T * other * agreement / 2 * longer / sp.Max(longer - 1, 1)
+    return (1 + given) / longer / (1 + taken)
+
+
+def overlap_remainder(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
+    """What `overlap` drops: G_m G_n/D of pairs and twice the square of 1/D, G = ln m A.
+
+    G is s^2 for small logits and at most ln m.
+    """
+    G = sp.log(m * participation(spread, freedom, fixed_norm))
+    other = G.subs(m, n)
+    return (G * other + 2 * (G + other) ** 2 / freedom) / freedom / sp.Max(m, n)
 
 
 def excess(spread: sp.Expr) -> sp.Expr:
@@ -192,16 +227,15 @@ def formulas() -> Iterator[Formula]:
         Status.LEADING_ORDER,
         "derived here",
         r"\mathbb{E}\langle o_m, o_n\rangle/d",
-        remainder=g * (s**4 / d + (4 * s**2 / d) ** 2) / sp.Max(m, n),
+        remainder=g * overlap_remainder(s, d - 1, True),
     )
     yield Formula(
         "attention.output_second_moment_finite_head",
         g * second_moment(s, d - 1, True),
-        "The second moment of an output over LN'd tokens, with heads of width d_h.",
-        Status.LEADING_ORDER,
+        "The second moment of an output over LN'd tokens, at any width, by Gaussian maps.",
+        Status.EXACT,
         "derived here",
         r"\mathbb{E}|o_m|^2/d",
-        remainder=4 * g * s**2 / d**2,
     )
     yield Formula(
         "attention.root_bias",
@@ -212,7 +246,8 @@ def formulas() -> Iterator[Formula]:
         r"\mathbb{E}\left(P/\mathbb{E}P\right)^{-1/2} - 1",
         remainder=RootBias(m, s, d_h, H) ** 2 * 4 / 3,
     )
-    cosine = adjacent_cosine()
+    cosine, diagonal = adjacent_cosine(), second_moment(s, d - 1, True)
+    between = overlap_remainder(s, d - 1, True) / sp.sqrt(diagonal * diagonal.subs(m, n))
     yield Formula(
         "attention.adjacent_cosine",
         cosine,
@@ -220,5 +255,7 @@ def formulas() -> Iterator[Formula]:
         Status.LEADING_ORDER,
         "derived here",
         r"\mathbb{E}\cos(o_m, o_{m+1})",
-        remainder=s**4 / d + 4 / d**2 + 4 * excess(s).subs(n, m + 1) ** 2 / 3,
+        remainder=(between + 4 / d**2 + 4 * excess(s) ** 2 / 3)
+        .subs(sp.Max(m, n), n)
+        .subs(n, m + 1),
     )

@@ -9,13 +9,15 @@ weights is a one-dimensional integral over x = ln t of products of
     A     = E sum a^2        = int m psi_2 phi^(m-1) dx
     B     = E (sum a z)^2    = int m (E z^2 u^2 e^-u) phi^(m-1) dx + B_off
     B_off                    = int m (m-1) (E z u e^-u)^2 phi^(m-2) dx
+    S     = E sum a z^2      = int m (E z^2 u e^-u) phi^(m-1) dx
     P_2   = E (sum a^2)^2    = int [m psi_4 phi^(m-1) + m (m-1) psi_2^2 phi^(m-2)] dx / 6
-    H     = -E sum a ln a    = int (phi - phi^m) dx - s^2 (1 - A)
+    H     = -E sum a ln a    = int (phi - phi^m) dx - s int m (E z u e^-u) phi^(m-1) dx
     C     = m e^(-s^2/2) E e^(2 l_1)/S = int m psi_1(x) phi(x - s^2)^(m-1) dx
 
-The last: E ln S = int (e^(-t) - phi^m)/t dt is 0 at m = 1, which replaces e^(-t) by phi, and
-E sum a z = s (1 - A) by Stein's lemma.  In C e^(l_1) tilts its own Gaussian to the mean s^2; it is
-what a query shares with itself over an endless prefix.  Source of all: derived here.
+In H, E ln S = int (e^(-t) - phi^m)/t dt is 0 at m = 1, which replaces e^(-t) by phi.  In C
+e^(l_1) tilts its own Gaussian to the mean s^2; it is what a query shares with itself over an
+endless prefix.  At finite width z is not quite Gaussian and s varies (`theory.formulas.logits`);
+all but C are the same integrals.  Source of all: derived here.
 """
 
 from __future__ import annotations
@@ -28,13 +30,9 @@ import numpy as np
 
 from nope.checks import expect
 from theory.formula import Formula, Numeric, Status
+from theory.formulas.logits import NARROW, STEP, TAIL, Logits, lattice
 from theory.symbols import d, d_h, m, s
 
-TAIL = 36.0
-"""Integrals end where what is left is e^-TAIL of the whole, the size of float64's rounding."""
-STEP = 0.25
-"""A trapezoidal rule of this step is off by about e^(-pi^2/STEP) = 7e-18: e^-u, u = exp(x), is
-bounded in a strip of half-width pi/2."""
 LARGEST_EXPONENT = 7.0
 """u^k e^-u is 0 in float64 beyond exp of this."""
 SHARPEST = 300.0
@@ -45,25 +43,32 @@ LONGEST = 1e100
 """The longest prefix whose breakdown is looked for: beyond it squares of s/m underflow."""
 
 
+GAUSSIAN = Logits()
+"""Logits of infinite width."""
+
+
 class Transforms:
     """psi_k and its like on a lattice in x, for one s > 0, every m up to `m_max`, k >= `least`.
 
-    Both rules are trapezoidal.  The lattice in z reaches where the normal density is
+    Both rules are trapezoidal.  The lattice in z reaches where the density of the `logits` is
     e^-TAIL/m, the one in x from where m E min(u^least, 1) is e^-TAIL to where phi is.  Its step
-    may grow with s, as long as it resolves phi^m, which falls over s/sqrt(2 ln m).  Raises
-    `ValueError` for an s above `SHARPEST`.
+    may grow with s, as long as it resolves phi^m, which falls over s/sqrt(2 ln m) where z is
+    smooth: few dimensions make steps of phi.  Raises `ValueError` for an s above `SHARPEST`.
     """
 
-    def __init__(self, s: float, m_max: float, least: float = 1.0) -> None:
+    def __init__(
+        self, s: float, m_max: float, least: float = 1.0, logits: Logits = GAUSSIAN
+    ) -> None:
         expect(s <= SHARPEST, f"logits of standard deviation up to {SHARPEST:g}", s, "lower s")
         reach = float(np.sqrt(2 * (np.log(m_max) + TAIL)))
         near = min(least * s, reach)
         left = (near**2 + reach**2) / (2 * least) + (s - near / least) * reach
-        right = 4 + s * float(np.sqrt(2 * TAIL))
-        self.s = s
-        self.z, step = _lattice(-reach, reach, min(0.5, STEP / s))
-        self.weights = step * np.exp(-(self.z**2) / 2) / np.sqrt(2 * np.pi)
-        self.x, self.step = _lattice(-left, right, max(STEP, s / (3 * reach)))
+        self.s, self.logits = s, logits
+        self.z, self.weights = logits.shape(s, reach)
+        right = 4 + s * min(float(np.sqrt(2 * TAIL)), float(self.z[-1]))
+        smooth = logits.gaussian or logits.freedom > NARROW**2
+        self.x = lattice(-left, right, max(STEP, s / (3 * reach)) if smooth else STEP)
+        self.step = float(self.x[1] - self.x[0])
         self.u = self._exponential(self.x)
         self.damping = np.exp(-self.u)
         self.phi = self.damping @ self.weights
@@ -90,8 +95,17 @@ class Transforms:
         return moment
 
     def shared(self) -> np.ndarray:
-        """E z u e^-u, by Stein's lemma s E (u - u^2) e^-u, where nothing cancels at small s."""
-        return np.asarray(self.s * (self.moment(1) - self.moment(2)))
+        """E z u e^-u, by Stein's lemma s E (u - u^2) e^-u, where nothing cancels at small s.
+
+        On a sphere Stein's lemma has the factor (D - z^2)/(D - 1); at D = 1 the sum is as it is.
+        """
+        D = self.logits.freedom
+        if self.logits.gaussian:
+            return np.asarray(self.s * (self.moment(1) - self.moment(2)))
+        if D == 1:
+            return self.moment(1, power=1)
+        weights = self.weights * (D - self.z**2) / (D - 1)
+        return np.asarray(self.s * ((self.u - self.u**2) * self.damping @ weights))
 
     def integral(
         self,
@@ -117,12 +131,6 @@ class Transforms:
             return -np.expm1((positions[some, None] - 1) * self.log_phi) @ self.phi
 
         return self.step * _by_rows(rows, len(positions))
-
-
-def _lattice(low: float, high: float, step: float) -> tuple[np.ndarray, float]:
-    """Points from `low` to `high` or just beyond, symmetric if the ends are, and their step."""
-    count = int(np.ceil((high - low) / step))
-    return np.linspace(low, high, count + 1), (high - low) / count
 
 
 def _by_rows(function: Callable[[slice], Any], count: int) -> np.ndarray:
@@ -168,6 +176,11 @@ class SoftmaxMean(Lettered):
 
     @classmethod
     def numbers(cls, *arrays: np.ndarray) -> np.ndarray:
+        """The values at m and s, for Gaussian logits."""
+        return cls.of(GAUSSIAN, *arrays)
+
+    @classmethod
+    def of(cls, logits: Logits, *arrays: np.ndarray) -> np.ndarray:
         """The values at m >= 1, real numbers included, and s >= 0; each s is set up once."""
         shape = np.broadcast_shapes(*(np.shape(array) for array in arrays))
         positions, spread = (np.broadcast_to(array, shape).ravel() * 1.0 for array in arrays)
@@ -175,7 +188,8 @@ class SoftmaxMean(Lettered):
         for rows in _groups(spread):
             wanted = rows[positions[rows] > 1]
             if spread[rows[0]] > 0 and len(wanted):
-                transforms = Transforms(float(spread[rows[0]]), float(positions[wanted].max()))
+                longest = float(positions[wanted].max())
+                transforms = Transforms(float(spread[rows[0]]), longest, logits=logits)
                 values[wanted] = cls.integrated(positions[wanted], transforms)
         return values.reshape(shape)
 
@@ -242,6 +256,20 @@ class SharedTilt(SoftmaxMean):
         return {2: transforms.shared() ** 2}
 
 
+class WeightedSquare(SoftmaxMean):
+    """S = E sum_n a_n z_n^2: 1 + s^2 (m-1)(m-2)/m^2 for small logits, E max z^2 for large ones."""
+
+    letter = "S"
+
+    @staticmethod
+    def uniform(positions: np.ndarray) -> np.ndarray:
+        return np.ones_like(positions)
+
+    @staticmethod
+    def densities(transforms: Transforms) -> Mapping[int, np.ndarray]:
+        return {1: transforms.moment(1, power=2)}
+
+
 class SharedWithLonger(SoftmaxMean):
     """C = lim n E sum_i a_mi a_ni, n -> infinity, of one query over prefixes m and n.
 
@@ -256,6 +284,7 @@ class SharedWithLonger(SoftmaxMean):
 
     @classmethod
     def integrated(cls, positions: np.ndarray, transforms: Transforms) -> np.ndarray:
+        assert transforms.logits.gaussian, "a tilted Gaussian is a shifted one, nothing else is"
         before = transforms.log_phi_before(transforms.s**2)
         return transforms.integral(positions, 1, transforms.moment(1), before)
 
@@ -271,60 +300,60 @@ class Entropy(SoftmaxMean):
 
     @classmethod
     def integrated(cls, positions: np.ndarray, transforms: Transforms) -> np.ndarray:
-        spread = 1 - Participation.integrated(positions, transforms)
-        return transforms.log_partition(positions) - transforms.s**2 * spread
-
-
-def chi_square_nodes(degrees: float) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes u and weights of the mean over u = chi^2_degrees/degrees, for degrees up to infinity.
-
-    A trapezoidal rule in y = ln u, whose density prop. to exp(k (y - e^y)), k = degrees/2, is
-    smooth at any k, and so is a function of s sqrt(u) at any s.  With w = sqrt(2 TAIL/k), what
-    lies beyond -(w + w^2/2) and ln(1 + w + w^2/2) is less than e^-TAIL of it.
-    """
-    if np.isinf(degrees):
-        return np.ones(1), np.ones(1)
-    k = degrees / 2
-    end = np.sqrt(2 * TAIL / k) + TAIL / k
-    y, _ = _lattice(-end, np.log1p(end), 0.8 / np.sqrt(k + 5))
-    weights = np.exp(k * (y - np.expm1(y)))
-    return np.exp(y), weights / weights.sum()
+        leaning = transforms.integral(positions, 1, transforms.shared())
+        return transforms.log_partition(positions) - transforms.s * leaning
 
 
 NEGLIGIBLE = 1e-12
-"""Nodes with s^2 u below this are taken at s = 0: no mean here is further from it relative."""
+"""Scales with s^2 u below this are taken at s = 0: no mean here is further from it relative."""
 
 
-def mixed(function: type[SoftmaxMean], positions: Any, spread: Any, degrees: Any) -> np.ndarray:
-    """E_u function(m, s sqrt(u)), u = chi^2_{d_h}/d_h: a mean over queries of width d_h.
+def mixed(function: type[SoftmaxMean], logits: Logits, positions: Any, spread: Any) -> np.ndarray:
+    """E_u function(m, s sqrt(u)) over the scales u of the logits: a mean over queries.
 
-    Given the query, the logits are exactly Gaussian, with variance s^2 |q|^2/E|q|^2.
-    `positions` m, `spread` s and `degrees` d_h broadcast; d_h may be infinite, where u = 1.
+    `positions` m and `spread` s broadcast.
 
-    >>> float(mixed(Participation, 2, 1.0, np.inf)) == float(Participation.numbers(2, 1.0))
+    >>> float(mixed(Participation, GAUSSIAN, 2, 1.0)) == float(Participation.numbers(2, 1.0))
     True
     """
-    positions, spread, degrees = np.broadcast_arrays(positions, spread, degrees)
-    values = np.empty(positions.shape)
-    for width in np.unique(degrees):
-        rows = degrees == width
-        u, weights = chi_square_nodes(float(width))
-        scaled = spread[rows][:, None] * np.sqrt(u)
-        scaled[scaled**2 < NEGLIGIBLE] = 0.0
-        values[rows] = function.numbers(positions[rows][:, None], scaled) @ weights
-    return values
+    positions, spread = np.broadcast_arrays(positions, spread)
+    u, weights = logits.scales()
+    scaled = spread[..., None] * np.sqrt(u)
+    scaled[scaled**2 < NEGLIGIBLE] = 0.0
+    return np.asarray(function.of(logits, positions[..., None], scaled) @ weights)
 
 
-class ParticipationFiniteHead(Lettered):
-    """P(m, s, d_h) = E_u A(m, s sqrt(u)), u = chi^2_{d_h}/d_h."""
+WIDTHS = ("d_h", "freedom")
+
+
+class FiniteWidth(Lettered):
+    """E_u f(m, s sqrt(u)) of a mean f, as a function of m, s and d_h (and D).
+
+    `function` is f, `fixed_norm` whether keys lie on a sphere of R^D; without D it is infinite.
+    """
 
     by = "two one-dimensional quadratures"
-    nargs = 3
-    letter = "P"
+    nargs = (3, 4)
+    function: ClassVar[type[SoftmaxMean]]
+    fixed_norm: ClassVar[bool] = True
 
     @classmethod
     def numbers(cls, *arrays: np.ndarray) -> np.ndarray:
-        return mixed(Participation, *arrays)
+        positions, spread, *widths = np.broadcast_arrays(*arrays)
+        values = np.empty(positions.shape)
+        stacked = np.stack(widths)
+        for pair in np.unique(stacked.reshape(len(widths), -1), axis=1).T:
+            rows = (stacked == pair.reshape(-1, *[1] * positions.ndim)).all(axis=0)
+            logits = Logits(fixed_norm=cls.fixed_norm, **dict(zip(WIDTHS, pair, strict=False)))
+            values[rows] = mixed(cls.function, logits, positions[rows], spread[rows])
+        return values
+
+
+class ParticipationFiniteHead(FiniteWidth):
+    """P(m, s, d_h, D) = E_u A(m, s sqrt(u))."""
+
+    letter = "P"
+    function = Participation
 
 
 class BreakdownLength(Lettered):
@@ -406,6 +435,14 @@ def formulas() -> Iterator[Formula]:
         Status.EXACT,
         GAUSSIAN_LOGITS,
         r"\mathbb{E}\sum_{n \neq n'} a_{mn} a_{mn'} z_n z_{n'}",
+    )
+    yield Formula(
+        "attention.weighted_square",
+        WeightedSquare(m, s),
+        "How far the weights prefer keys of large components along the query, of either sign.",
+        Status.EXACT,
+        GAUSSIAN_LOGITS,
+        r"\mathbb{E}\sum_n a_{mn} z_n^2",
     )
     yield Formula(
         "attention.participation_shared",

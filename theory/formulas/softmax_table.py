@@ -16,11 +16,12 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 from nope.checks import expect, expect_count, expect_finite
+from theory.formulas.logits import Logits
 from theory.formulas.softmax import (
+    GAUSSIAN,
     Participation,
     ParticipationSecondMoment,
     SoftmaxMean,
-    chi_square_nodes,
 )
 
 DEGREES = (16, 32, 64, 128, 256)
@@ -31,9 +32,9 @@ DROPPED = 1e-11
 """Chebyshev coefficients below this are left out of a table."""
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _logarithms(
-    function: type[SoftmaxMean], m_max: int, s_max: float, degrees: float
+    function: type[SoftmaxMean], m_max: int, s_max: float, logits: Logits
 ) -> np.ndarray:
     """Chebyshev coefficients in ln(1 + s^2), up to s_max, of ln mixed(function)/function(s = 0).
 
@@ -42,12 +43,12 @@ def _logarithms(
     temperatures serve all nodes.
     """
     positions = np.arange(1.0, m_max + 1)
-    u, weights = chi_square_nodes(degrees)
+    u, weights = logits.scales()
     top = s_max**2 * u.max()
 
     def logarithm(x: np.ndarray) -> np.ndarray:
         spread = np.sqrt(_variance(x, top))[:, None]
-        relative = function.numbers(positions, spread) / function.uniform(positions)
+        relative = function.of(logits, positions, spread) / function.uniform(positions)
         return np.asarray(np.log(relative))
 
     at_one_query = _interpolate(logarithm)
@@ -86,29 +87,15 @@ def _interpolate(function: Any) -> np.ndarray:
     raise ValueError(f"expected a Chebyshev degree up to {degree}, got more; lower s_max")
 
 
-@dataclass(frozen=True)
-class ParticipationTable:
-    """m P(m, s, d_h) - 1 for whole kernels: m up to `m_max`, s up to `s_max`.
+class Tabulated:
+    """Means of a softmax at whole positions and any variances, from their logarithms."""
 
-    A Chebyshev series in ln(1 + s^2) of ln m P for each position, built once for equal tables.  Off by
-    less than 1e-9 (1 + m P).  Raises `ValueError` for positions and variances outside it.
-
-    >>> table = ParticipationTable(8, 1.0, 64)
-    >>> table(np.array([2, 4, 8]), 1.0).round(6)
-    array([0.271843, 0.564519, 0.855196])
-    """
-
-    m_max: int
-    s_max: float
-    d_h: float = np.inf
-
-    def __post_init__(self) -> None:
-        expect_count("m_max", self.m_max)
-        expect_finite("s_max", self.s_max, positive=True)
-        expect(self.d_h >= 1, "d_h to be at least 1", self.d_h, "change d_h")
+    def logarithm(self, function: type[SoftmaxMean], positions: Any, variances: Any) -> np.ndarray:
+        """ln of the mixed function over its value at s = 0, at positions and s^2 that broadcast."""
+        raise NotImplementedError
 
     def __call__(self, positions: Any, variances: Any) -> np.ndarray:
-        """m P - 1 for whole positions m and variances s^2 in [0, s_max^2] that broadcast."""
+        """m P - 1 for whole positions m and variances s^2 that broadcast."""
         return np.asarray(np.expm1(self.logarithm(Participation, positions, variances)))
 
     def relative_variance(self, positions: Any, variances: Any) -> np.ndarray:
@@ -116,16 +103,6 @@ class ParticipationTable:
         mean = self.logarithm(Participation, positions, variances)
         square = self.logarithm(ParticipationSecondMoment, positions, variances)
         return np.asarray(np.expm1(square - 2 * mean))
-
-    def logarithm(self, function: type[SoftmaxMean], positions: Any, variances: Any) -> np.ndarray:
-        """ln of the mixed function over its value at s = 0."""
-        columns, variances = np.asarray(positions) - 1, np.asarray(variances, dtype=float)
-        top = self.s_max**2
-        _expect_within("positions", np.asarray(positions), 1, self.m_max)
-        _expect_within("variances", variances, 0, top)
-        key: Any = function  # to mypy, SymPy's classes have no hash
-        table = _logarithms(key, self.m_max, self.s_max, self.d_h)
-        return _clenshaw(table, columns, _scaled(variances, top))
 
     def restricted(
         self, function: type[SoftmaxMean], least: np.ndarray, largest: np.ndarray
@@ -140,6 +117,51 @@ class ParticipationTable:
         coefficients[0] /= 2
         inverse = np.divide(1, half, out=np.zeros_like(half), where=half > 0)
         return Restricted(coefficients, middle, inverse)
+
+
+@dataclass(frozen=True)
+class ParticipationTable(Tabulated):
+    """m P(m, s) - 1 of `logits` for whole kernels: m up to `m_max`, s up to `s_max`.
+
+    A Chebyshev series in ln(1 + s^2) of ln m P for each position, built once for equal tables.
+    Off by less than 1e-9 (1 + m P).  Raises `ValueError` for positions and variances outside it.
+
+    >>> table = ParticipationTable(8, 1.0, Logits(d_h=64))
+    >>> table(np.array([2, 4, 8]), 1.0).round(6)
+    array([0.271843, 0.564519, 0.855196])
+    """
+
+    m_max: int
+    s_max: float
+    logits: Logits = GAUSSIAN
+
+    def __post_init__(self) -> None:
+        expect_count("m_max", self.m_max)
+        expect_finite("s_max", self.s_max, positive=True)
+
+    def logarithm(self, function: type[SoftmaxMean], positions: Any, variances: Any) -> np.ndarray:
+        columns, variances = np.asarray(positions) - 1, np.asarray(variances, dtype=float)
+        top = self.s_max**2
+        _expect_within("positions", np.asarray(positions), 1, self.m_max)
+        _expect_within("variances", variances, 0, top)
+        key: Any = function  # to mypy, SymPy's classes have no hash
+        table = _logarithms(key, self.m_max, self.s_max, self.logits)
+        return _clenshaw(table, columns, _scaled(variances, top))
+
+
+@dataclass(frozen=True)
+class Between(Tabulated):
+    """A linear interpolation of the logarithms of two tables, `share` of the second."""
+
+    first: Tabulated
+    second: Tabulated
+    share: float
+
+    def logarithm(self, function: type[SoftmaxMean], positions: Any, variances: Any) -> np.ndarray:
+        first, second = (
+            each.logarithm(function, positions, variances) for each in (self.first, self.second)
+        )
+        return np.asarray(first + self.share * (second - first))
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,7 +86,7 @@ class Network:
         if isinstance(vector, Isotropic):
             return vector
         excess = abs(vector.kurtosis / 3 / (1 + vector.mean_square.central(2)) - 1)
-        dropped = max(vector.dropped, vector.norm_dropped) + cdf_effect(2) * excess
+        dropped = max(vector.dropped, vector.norm_dropped) + shape_effect(excess)
         return Isotropic(vector.mean_square, self.width(place), dropped)
 
     def width(self, place: str) -> int:
@@ -213,7 +213,17 @@ def mapped(operation: Linear, before: Vector, network: Network) -> Vector:
     excess = share**2 * _excess_kurtosis(law, before, weight)
     if not bias.gaussian:
         excess += (1 - share) ** 2 * abs(bias.kurtosis - 3)
-    return Isotropic(variance, weight.fan_out, before.norm_dropped + cdf_effect(2) * excess / 3)
+    return Isotropic(variance, weight.fan_out, before.norm_dropped + shape_effect(excess / 3))
+
+
+def shape_effect(excess: float) -> float:
+    """What a kurtosis of 3 (1 + excess) or 3 (1 - excess) that is taken for 3 does to a CDF.
+
+    As a relative variance `excess` of a Gaussian's variance would; the next order is that of a
+    third moment 4 excess^2, which a sphere in many dimensions has (its sixth cumulant is
+    240/((n + 2)(n + 4)), a sum of uniform weights' about as large), and of a fourth 3 excess^2.
+    """
+    return cdf_effect(2) * excess + (4 * cdf_effect(3) + 3 * cdf_effect(4)) * excess**2
 
 
 def _excess_kurtosis(law: WeightLaw, before: Vector, weight: Weight) -> float:

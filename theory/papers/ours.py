@@ -310,6 +310,14 @@ def _tokens(small: Small) -> Iterator[Claim]:
             Question(architecture, small.hot, "blocks.0.attn_out", "kernel"),
             band=BAND,
         )
+        softmax = small.decoder(n_layers=1, d_ff=0, tokens=tokens)
+        for observable in ("kernel", "cosine"):
+            yield _calculus(
+                f"tokens.{name}.softmax.{observable}",
+                "A softmax gives copies of a token equal logits, and their queries equal patterns.",
+                Question(softmax, small.hot, "blocks.0.attn_out", observable),
+                band=BAND,
+            )
 
 
 # ------------------------------------------------------------------------------ schemes
@@ -324,6 +332,17 @@ SCHEMES: Mapping[str, Scheme] = {
     "torch_default": nope.init.torch_default(),
 }
 
+FLAT = "logits have a kurtosis below 3 + 6/d_h, by (kappa_w - 3) kappa_x/d in queries and keys."
+KURTOSES: Mapping[str, tuple[str, str]] = {
+    "orthogonal": (
+        "Haar queries and keys have logits of kurtosis (3 + 6/d_h)(d/(d + 2))^2.",
+        "orthogonal.logit_kurtosis",
+    ),
+    "kaiming_uniform": (f"Under uniform weights {FLAT}", "attention.logit_kurtosis_layernorm"),
+    "truncated_normal": (f"Under truncated weights {FLAT}", "attention.logit_kurtosis_layernorm"),
+}
+"""What finite width makes of a logit's kurtosis, and the formula that says it, by scheme."""
+
 
 def _schemes(small: Small) -> Iterator[Claim]:
     """The variance per weight is what the leading order needs."""
@@ -336,16 +355,17 @@ def _schemes(small: Small) -> Iterator[Claim]:
             band=BAND,
         )
     tiny = nope.decoder(16, 2, n_ctx=small.n_ctx, d_ff=0)
-    logits = Question(tiny, nope.init.orthogonal(), "blocks.0.attn.scores", "kurtosis")
-    yield Claim(
-        "ours.init.orthogonal.kurtosis",
-        "Haar queries and keys have logits of kurtosis (3 + 6/d_h)(d/(d + 2))^2.",
-        f"{SOURCE} by Weingarten calculus",
-        Status.EXACT,
-        logits,
-        formula("orthogonal.logit_kurtosis"),
-        asserts=("kurtosis of scores",),
-    )
+    for name, (statement, law) in KURTOSES.items():
+        yield Claim(
+            f"ours.init.{name}.kurtosis",
+            statement,
+            SOURCE,
+            Status.EXACT,
+            Question(tiny, SCHEMES[name], "blocks.0.attn.scores", "kurtosis"),
+            formula(law),
+            expected=best_theory,
+            asserts=("kurtosis of scores",),
+        )
 
 
 # --------------------------------------------------------------------------- symmetries

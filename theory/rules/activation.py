@@ -1,13 +1,16 @@
 """Pointwise nonlinearities through their dual activations."""
 
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 
+import numpy as np
 import sympy as sp
 
-from nope.operations import Activate
+from nope.operations import Activate, ActivationName
 from theory.cache import kept
+from theory.fluctuations import Fluctuation, Passage, Second, curved
 from theory.formulas.duals import dual
+from theory.formulas.mehler import expand
 from theory.kernel import Fidelity, K, Rule, Traits
 from theory.rules import rule_for
 from theory.symbols import a, b, c, d, m, maps, n
@@ -33,7 +36,15 @@ def _(operation: Activate, traits: Mapping[str, Traits], fidelity: Fidelity) -> 
         source="Cho and Saul 2009 for ReLU, Williams 1997 for erf; derived here for the others",
         remainder=remainder,
         traits=Traits(maps=before.maps),
+        fluctuates=partial(_activates, operation.function),
     )
+
+
+def _activates(function: ActivationName, passage: Passage) -> tuple[Fluctuation, Second]:
+    """The dual's, and that of the mean over units."""
+    (kernel,), (before,) = passage.kernels, passage.fluctuations
+    own = unit_covariance(function, float(np.mean(kernel.mm)), kernel.correlation) / before.width
+    return curved(before, kernel, passage.function, own)
 
 
 @cache
@@ -58,3 +69,38 @@ def _dual_and_remainder(of: sp.Expr, fixed_norm: bool) -> tuple[sp.Expr, sp.Expr
 def _second_difference(dual: sp.Expr, ways: list[dict[sp.Symbol, sp.Expr]]) -> sp.Expr:
     up, down = (dual.subs(way, simultaneous=True) for way in ways)
     return sp.Abs(up + down - 2 * dual) / 2
+
+
+def unit_covariance(function: ActivationName, variance: float, rho: np.ndarray) -> np.ndarray:
+    """Of f^2/E f^2, g^2/E g^2 and f g/E f^2, f and g = phi of two Gaussians of this variance.
+
+    Mehler's series of the products of phi's powers; shape (3, 3, ...).
+    """
+    single, double, triple = _powers(function, variance)
+    size = series(single, single, np.ones(()))
+    joint = np.empty((3, 3, *rho.shape))
+    joint[0, 0] = joint[1, 1] = series(double, double, np.ones(())) / size**2
+    joint[0, 1] = joint[1, 0] = joint[2, 2] = series(double, double, rho) / size**2
+    joint[:2, 2] = joint[2, :2] = series(triple, single, rho) / size**2
+    one = np.ones_like(rho)
+    mean = np.array([one, one, series(single, single, rho) / size])
+    return np.asarray(joint - mean[:, None] * mean)
+
+
+@cache
+def _powers(function: ActivationName, variance: float) -> tuple[np.ndarray, ...]:
+    """The coefficients of phi, phi^2 and phi^3 in Mehler's series."""
+    from theory.laws.transformed import ACTIVATIONS
+
+    phi, at = ACTIVATIONS[function], np.array([variance])
+
+    def power(k: int) -> np.ndarray:
+        return np.asarray(expand(lambda x: phi(x) ** k, at)[0][:, 0])
+
+    return tuple(map(power, (1, 2, 3)))
+
+
+def series(left: np.ndarray, right: np.ndarray, rho: np.ndarray) -> np.ndarray:
+    """sum_k h_k g_k rho^k from coefficients by parity."""
+    even, odd = (np.polynomial.polynomial.polyval(rho**2, row) for row in left * right)
+    return np.asarray(even + rho * odd)

@@ -8,13 +8,16 @@ relative to 1/m.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import sympy as sp
 
 from nope.operations import Average, Mix, Operation, Scores, Softmax, Uniform
+from theory.formulas.kurtosis import Square, isotropic, logit_kurtosis, mean_of
 from theory.kernel import PREFIX_SUM, ZERO, Fidelity, J, K, Rule, Traits
 from theory.rules import rule_for, softmax
-from theory.symbols import d, d_h, m, n
+from theory.rules.linear import Kurtoses, kurtoses
+from theory.symbols import d, kappa_x, m, n, p_same, sigma_b, v
 
 
 def require_causal(operation: Scores | Uniform) -> None:
@@ -34,7 +37,6 @@ def _(operation: Scores, traits: Mapping[str, Traits], fidelity: Fidelity) -> Ru
     """
     require_causal(operation)
     query, key = (traits[name] for name in operation.inputs)
-    gaussian = query.kurtosis == 3 and key.kurtosis == 3
     exact = query.fixed_norm and key.fixed_norm
     return Rule(
         name="scaled logits",
@@ -45,10 +47,29 @@ def _(operation: Scores, traits: Mapping[str, Traits], fidelity: Fidelity) -> Ru
         source="chi2023 Lemma 2, corrected",
         remainder=ZERO if exact else sp.Integer(2) * query.maps / d,
         traits=Traits(
-            kurtosis=3 + 6 / d_h if gaussian else None,
+            kurtosis=row_kurtosis(query, key, traits),
             query_key=(operation.inputs[0], operation.inputs[1]),
         ),
     )
+
+
+def row_kurtosis(query: Traits, key: Traits, traits: Mapping[str, Traits]) -> sp.Expr | None:
+    """Of a row's logits, where the positions hold tokens, or vectors of a fixed norm.
+
+    Of vectors of a fixed norm whose shape is unknown and depends on the position, Gaussian and
+    Haar weights see nothing but that norm.
+    """
+    if query.mapped is None or key.mapped is None or query.mapped[1] != key.mapped[1]:
+        return None
+    (by_query, source), (by_key, _) = query.mapped, key.mapped
+    x = traits[source]
+    if (x.independent or x.repeated) and x.norm_kurtosis is not None and x.kurtosis is not None:
+        same = 1 / m if x.independent else p_same
+        return logit_kurtosis(by_query, by_key, isotropic(dimensions(x), x.normalised), same)
+    if x.norm_kurtosis != 1:
+        return None
+    unknown = Square(sp.Integer(1), kappa_x, (sp.Integer(1), kappa_x, kappa_x**2))
+    return logit_kurtosis(by_query, by_key, unknown, ZERO)
 
 
 @rule_for.register
@@ -61,8 +82,28 @@ def _(operation: Mix, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
     """The prefix mean of the values' kernel, exact for a uniform pattern."""
     pattern, values = operation.inputs
     if traits[pattern].logits is None:
-        return prefix_mean("uniform attention", (values,), after(operation, traits), ZERO)
+        kurtosis, norm_kurtosis = mean_kurtoses(values, traits)
+        left = replace(after(operation, traits), kurtosis=kurtosis, norm_kurtosis=norm_kurtosis)
+        return prefix_mean("uniform attention", (values,), left, ZERO)
     return MIXTURES[fidelity](operation, traits)
+
+
+def mean_kurtoses(values: str, traits: Mapping[str, Traits]) -> Kurtoses:
+    """Of the mean of independent positions' values, which is the map of the inputs' mean."""
+    mapped = traits[values].mapped
+    if mapped is None:
+        return None, None
+    by, x = mapped[0], traits[mapped[1]]
+    if not x.independent or x.norm_kurtosis is None or x.kurtosis is None:
+        return None, None
+    nu, kurtosis = mean_of(x.norm_kurtosis, x.kurtosis, dimensions(x))
+    share = by.share if by.share == 1 else v / (v + sigma_b**2)  # the bias is not averaged
+    return kurtoses(replace(by, share=share), d, Traits(kurtosis=kurtosis, norm_kurtosis=nu))
+
+
+def dimensions(x: Traits) -> sp.Expr:
+    """Of the space that a token fills, or a normalised one."""
+    return d - 1 if x.centred else d
 
 
 def after(operation: Mix, traits: Mapping[str, Traits]) -> Traits:
@@ -145,5 +186,7 @@ def _(operation: Uniform, traits: Mapping[str, Traits], fidelity: Fidelity) -> R
 def _(operation: Average, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
     """The prefix mean of the input's kernel."""
     before = traits[operation.inputs[0]]
-    left = Traits(maps=before.maps, isotropic=before.isotropic)
+    left = Traits(maps=before.maps, isotropic=before.isotropic and not before.repeated)
+    if before.isotropic and before.independent:
+        left = replace(left, kurtosis=before.kurtosis, norm_kurtosis=before.norm_kurtosis)
     return prefix_mean("causal mean", operation.inputs, left, ZERO)

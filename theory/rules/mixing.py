@@ -8,19 +8,15 @@ vector (`Mixing`); what two share is computed for blocks of pairs, the shorter p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from theory.formulas import outputs
-from theory.formulas.softmax import (
-    SHARPEST,
-    Participation,
-    SharedWithLonger,
-    chi_square_nodes,
-)
-from theory.formulas.softmax_table import ParticipationTable, Restricted
+from theory.formulas.logits import Logits
+from theory.formulas.softmax import SHARPEST, Participation, SharedWithLonger, WeightedSquare
+from theory.formulas.softmax_table import Between, ParticipationTable, Restricted, Tabulated
 from theory.propagation import column_sums, prefix_sum
 
 ROWS = 32
@@ -59,10 +55,11 @@ class Prefixed:
 
     @cached_property
     def spread(self) -> np.ndarray:
-        """v - c at each m, c the prefix average off the diagonal; 0 at m = 1."""
+        """v - c at each m, c the prefix average off the diagonal; at m = 1 of the first pair."""
         rest = np.diagonal(self.sums) - self.variance * self.count
         pairs = self.count * (self.count - 1)
         common = np.divide(rest, pairs, out=self.variance.copy(), where=pairs > 0)
+        common[:1] = common[1:2] if len(common) > 1 else common[:1]
         return np.asarray(self.variance - common)
 
 
@@ -102,20 +99,19 @@ def group_starts(count: int) -> np.ndarray:
 class Mixing:
     """One softmax attention: its kernels, and what each query has alone.
 
-    `values` K, `keys` J and `queries` Q are kernels; `maps` random maps made the input, whose
-    empirical kernel therefore fluctuates by maps/freedom; `normalised` says that its norms do
-    not; `repeated` that it is 0 or 1 by chance.
+    `values` K, `keys` J and `queries` Q are kernels; the input's empirical kernel fluctuates as
+    that of `maps` random maps, by maps/freedom; `normalised` says that its norms do
+    not.
     """
 
     values: Prefixed
     keys: Prefixed
     queries: np.ndarray
-    maps: int
+    maps: float
     normalised: bool
     freedom: float
     d_h: float
     n_heads: float
-    repeated: bool = False
 
     @cached_property
     def count(self) -> np.ndarray:
@@ -155,26 +151,40 @@ class Mixing:
         least, largest = (self.length * end * self.key_spread for end in ends)
         return least, largest
 
-    @cached_property
-    def table(self) -> ParticipationTable:
-        top = float(self.pair_variances[1].max())
-        return covering_table(len(self.count), top, self.d_h)
+    @property
+    def width(self) -> KeyWidth:
+        return KeyWidth(self.d_h, self.freedom, self.maps, self.normalised)
 
-    def widened(self, growth: np.ndarray) -> np.ndarray:
-        return widened(growth, self.normalised, self.maps / self.freedom)
+    def _table(self, width: KeyWidth) -> Tabulated:
+        return covering_table(len(self.count), float(self.pair_variances[1].max()), width)
+
+    @cached_property
+    def table(self) -> Tabulated:
+        return self._table(self.width)
 
     @cached_property
     def participation(self) -> np.ndarray:
         """A of each query."""
-        growth = self.widened(self.table(self.positions, self.own_variance))
-        return np.asarray((1 + growth) / self.count)
+        return np.asarray((1 + self.table(self.positions, self.own_variance)) / self.count)
 
     @cached_property
-    def shared_growth(self) -> tuple[Restricted, Restricted]:
-        """ln(1 + f) and ln(1 + f_inf) of each prefix, at the s^2 of its pairs."""
-        least, largest = self.pair_variances
-        own = self.table.restricted(Participation, least, largest)
-        return own, self.table.restricted(SharedWithLonger, least, largest)
+    def shared_growth(self) -> tuple[Restricted, Restricted, Restricted]:
+        """ln(1 + f) of each prefix at the s^2 of its pairs; over wide keys with ln(1 + f_inf)."""
+        wide = self._table(replace(self.width, maps=0.0))
+        asked = (self.table, Participation), (wide, Participation), (wide, SharedWithLonger)
+        own, widest, endless = (table.restricted(f, *self.pair_variances) for table, f in asked)
+        return own, widest, endless
+
+    @cached_property
+    def log_growth(self) -> np.ndarray:
+        """ln m A of each query: s^2 where logits are small, at most ln m where they are not."""
+        return np.asarray(np.log(self.count * self.participation))
+
+    @cached_property
+    def square_growth(self) -> np.ndarray:
+        """S - 1 of each query."""
+        found = self.table.logarithm(WeightedSquare, self.positions, self.own_variance)
+        return np.asarray(np.expm1(found))
 
     @cached_property
     def tilt_growth(self) -> np.ndarray:
@@ -254,11 +264,12 @@ class Pairs:
     @cached_property
     def _equal(self) -> tuple[np.ndarray, np.ndarray]:
         """h(1) - 1, between f of equal prefixes and f_inf of endless ones, and its error."""
-        growths = (each(self.columns, self.variance) for each in self.mixing.shared_growth)
-        alike, endless = (self.mixing.widened(np.expm1(each)) for each in growths)
+        logarithms = (each(self.columns, self.variance) for each in self.mixing.shared_growth)
+        alike, wide, endless = (np.expm1(each) for each in logarithms)
         A = self.mixing.participation
         share = np.clip(1 - self.longer(A) / self.shorter(A), 0.0, 1.0)
-        return alike + share * (endless - alike), share * (1 - share) / 2 * np.abs(endless - alike)
+        between = share * (endless - wide)
+        return alike + between, (1 - share) / 2 * np.abs(between)
 
     @cached_property
     def shared(self) -> tuple[np.ndarray, np.ndarray]:
@@ -274,20 +285,35 @@ class Pairs:
 
     @cached_property
     def fluctuation(self) -> np.ndarray:
-        """What the fluctuation of the empirical kernel adds, to first order in s^2 and 1/d.
+        """What the fluctuation of the empirical kernel adds, to first order in s^2 and 1/D.
 
-        (s^2/d) (r (1 - 1/m)(1 - 1/n) - [h(m) + h(n) + r h(min)]/max), h(m) = (m - 1)(m - 2)/m^2;
+        (s^2/D) (r (1 - 1/m)(1 - 1/n) - [h(m) + h(n) + r h(min)]/max), h(m) = (m - 1)(m - 2)/m^2;
         h comes from norms that do not fluctuate, and is absent where they do.
         """
+        count = self.mixing.count
+        h = (1 - 1 / count) * (1 - 2 / count)
+        return self._fluctuation(h * self.mixing.own_variance, np.ones_like(h))
+
+    @cached_property
+    def floor(self) -> np.ndarray:
+        """The same at any temperature: S - 1 for s^2 h, and shared parts grow as their tilt.
+
+        Also what queries of one head share by chance, of r^2 (1 - r^2)^2/d_h beyond the mean.
+        """
+        T, r, count = self.mixing.square_growth, self.correlation, self.longer(self.mixing.count)
+        chance = (1 - r**2) ** 2 / (2 * self.mixing.d_h) * self.longer(T) * self.shorter(T)
+        chance = chance * self.overlap * count / np.maximum(count - 1, 1)
+        return np.asarray(self._fluctuation(T, self.mixing.tilt_growth) + chance)
+
+    def _fluctuation(self, square: np.ndarray, tilt: np.ndarray) -> np.ndarray:
         mixing, r = self.mixing, self.correlation
         rest = 1 - 1 / mixing.count
-        added = r * self.longer(rest) * self.shorter(rest)
+        growth = 1 + np.abs(r) * self.shorter(tilt - 1)
+        added = r * self.variance * self.longer(rest) * self.shorter(rest) * growth
         if mixing.normalised:
-            h = rest * (1 - 2 / mixing.count)
-            pairs = self.longer(h) + self.shorter(h) + r * self.shorter(h)
-            added = added - pairs / self.longer(mixing.count)
-        size = mixing.maps / mixing.freedom * self.shorter(mixing.values.spread)
-        return np.asarray(size * self.variance * added)
+            taken = self.longer(square) + self.shorter(square) + r * self.shorter(square)
+            added = added - taken / self.longer(mixing.count)
+        return np.asarray(mixing.maps / mixing.freedom * self.shorter(mixing.values.spread) * added)
 
     @cached_property
     def unexchangeable(self) -> np.ndarray:
@@ -296,31 +322,36 @@ class Pairs:
         return np.asarray(self.of(self.mixing.change) - exchangeable)
 
     @cached_property
-    def lost(self) -> np.ndarray:
-        """What both fidelities drop: keys that are not exchangeable, and the next orders in 1/d.
+    def narrow(self) -> np.ndarray:
+        """The next orders in 1/D of the fluctuation, and s^4/D that pairs of queries share."""
+        width = self.mixing.maps / self.mixing.freedom
+        shared = self.overlap * self.variance**2 * width
+        return np.asarray(4 * width * np.abs(self.fluctuation) + shared)
 
-        Those of the fluctuation, and s^4/d that pairs of queries share.  Where tokens repeat, also
-        what a kernel of zeros and ones has beyond its mean's square: s^2 c (1 - c), c the share
-        of repetitions.
-        """
-        mixing = self.mixing
-        width = mixing.maps / mixing.freedom
-        lost = 4 * width * np.abs(self.fluctuation) + self.overlap * self.variance**2 * width
-        if mixing.repeated:
-            diagonal = self.shorter(np.diagonal(mixing.values.kernel))
-            share = self.shorter(mixing.values.spread) / diagonal
-            lost = lost + self.variance * share * (1 - share) * diagonal
-        return np.asarray(lost + self.variance * np.abs(self.unexchangeable))
+    @cached_property
+    def narrow_floor(self) -> np.ndarray:
+        """The same of the fluctuation at any temperature: ln(m A)^2 in place of s^4."""
+        width, G = self.mixing.maps / self.mixing.freedom, self.mixing.log_growth
+        shared = (
+            self.longer(G) * self.shorter(G) + 2 * width * (self.longer(G) + self.shorter(G)) ** 2
+        )
+        return np.asarray(4 * width * np.abs(self.floor) + self.overlap * width * shared)
+
+    @cached_property
+    def lost(self) -> np.ndarray:
+        """The part of the first order that keys are not exchangeable in, times s^2."""
+        return np.asarray(self.variance * np.abs(self.unexchangeable))
 
 
 def first_order(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray | float]:
     """The kernel, what is dropped (absolutely) and the excess."""
 
     def block(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-        rest = 1 - 1 / pairs.shorter(mixing.count)
+        count = pairs.shorter(mixing.count)
+        rest = (1 - 1 / count) * np.maximum(1, np.abs(1 - 6 / count))  # as its s^4 has
         beyond = pairs.overlap * (np.expm1(pairs.variance) - pairs.variance) * rest
         kernel = pairs.of(mixing.uniform) + pairs.of(mixing.change) + pairs.fluctuation
-        return kernel, beyond + pairs.lost
+        return kernel, beyond + pairs.lost + pairs.narrow
 
     kernel, dropped = mixing.over_pairs(block, 2)
     return kernel, dropped, 0.0
@@ -333,15 +364,14 @@ def any_temperature(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray 
         r = pairs.correlation
         shared, unsure = pairs.shared
         beyond = pairs.overlap * (shared - r * pairs.linear)
-        floor = pairs.fluctuation * (1 + np.abs(r) * pairs.shorter(mixing.tilt_growth - 1))
-        kernel = pairs.of(mixing.uniform) + pairs.of(mixing.change) + beyond + floor
-        return kernel, pairs.overlap * unsure + pairs.lost
+        kernel = pairs.of(mixing.uniform) + pairs.of(mixing.change) + beyond + pairs.floor
+        return kernel, pairs.overlap * unsure + pairs.lost + pairs.narrow_floor
 
     kernel, dropped = mixing.over_pairs(block, 2)
-    return kernel, dropped, _excess(mixing, kernel)
+    return kernel, dropped, excess(mixing, kernel)
 
 
-def _excess(mixing: Mixing, kernel: np.ndarray) -> np.ndarray:
+def excess(mixing: Mixing, kernel: np.ndarray) -> np.ndarray:
     """E cos over the cosine of the kernel, less 1, for the participation P of each query.
 
     With delta = E (P/E P)^(-1/2) - 1 of the mean over heads, diluted by what all values have in
@@ -363,22 +393,49 @@ def _excess(mixing: Mixing, kernel: np.ndarray) -> np.ndarray:
     return mixing.over_pairs(block, 1)[0]
 
 
-def widened(growth: np.ndarray, fixed_norm: bool, inverse_width: float) -> np.ndarray:
-    """f of keys whose empirical kernel fluctuates: ln(1 + f) and its square, as in `outputs`."""
-    factor = float(outputs.width_coefficient(fixed_norm)) * inverse_width
-    return np.asarray(np.expm1(np.log1p(growth) + factor * np.log1p(growth) ** 2))
+@dataclass(frozen=True)
+class KeyWidth:
+    """What the logits of a query over keys of `maps` random maps vary by, beyond s.
+
+    The keys' empirical kernel fluctuates as that of one map into D/maps dimensions, D = `freedom`.
+    """
+
+    d_h: float
+    freedom: float
+    maps: float
+    fixed_norm: bool
+
+    def logits(self, maps: float) -> Logits:
+        """Of another number of maps."""
+        freedom = max(self.freedom / maps, 1.0) if maps else np.inf
+        return Logits(self.d_h, freedom, self.fixed_norm)
+
+    @property
+    def neighbours(self) -> tuple[float, float]:
+        """0, 1, 2, 4, ...: the two next to `maps`."""
+        above = 2.0 ** np.ceil(np.log2(max(self.maps, 1.0)))
+        return (0.0 if above <= 1 else above / 2), float(above)
 
 
-def covering_table(n_ctx: int, variance: float, d_h: float) -> ParticipationTable:
-    """A table up to a power of two of s, so that the layers of a stack share it.
+def covering_table(n_ctx: int, variance: float, width: KeyWidth) -> Tabulated:
+    """Tables up to a power of two of s, at 0, 1, 2, 4, ... maps, so that the layers of a stack
+    share them; between two of them linear in the number of maps.
 
     Raises `NotImplementedError` for logits that no quadrature covers: narrow heads vary them.
     """
     spread = 2.0 ** np.ceil(np.log2(np.sqrt(variance)) - 1e-9) if variance > 0 else 1.0
-    sharpest = SHARPEST / np.sqrt(chi_square_nodes(d_h)[0].max())
-    if spread > sharpest:
-        raise NotImplementedError(
-            f"expected logits of standard deviation up to {sharpest:.3g} at d_head = {d_h:g}, "
-            f"got {np.sqrt(variance):.3g}; use fidelity='first_order', or measure it"
-        )
-    return ParticipationTable(n_ctx, float(spread), d_h)
+
+    def table(maps: float) -> ParticipationTable:
+        logits = width.logits(maps)
+        sharpest = SHARPEST / 2 / np.sqrt(logits.scales()[0].max())  # roots take 2 s
+        if spread > sharpest:
+            raise NotImplementedError(
+                f"expected logits of standard deviation up to {sharpest:.3g} for {logits}, "
+                f"got {np.sqrt(variance):.3g}; use fidelity='first_order', or measure it"
+            )
+        return ParticipationTable(n_ctx, float(spread), logits)
+
+    fewer, more = width.neighbours
+    if width.maps in (fewer, more):
+        return table(width.maps)
+    return Between(table(fewer), table(more), (width.maps - fewer) / (more - fewer))

@@ -1,11 +1,14 @@
 """LayerNorm and RMSNorm."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+import numpy as np
 import sympy as sp
 
 from nope.operations import Normalise
 from theory import symbols
+from theory.fluctuations import Fluctuation, Passage, Second, curved
 from theory.formulas.norm import shrinkage_remainder
 from theory.kernel import ZERO, Fidelity, K, Rule, Traits, X
 from theory.rules import rule_for
@@ -56,4 +59,12 @@ def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) ->
             kurtosis=kurtosis,
             norm_kurtosis=None if operation.eps else sp.Integer(1),
         ),
+        fluctuates=_normalises,
     )
+
+
+def _normalises(passage: Passage) -> tuple[Fluctuation, Second]:
+    (kernel,), (before,) = passage.kernels, passage.fluctuations
+    nothing = np.zeros_like(before.own)
+    whole = replace(before, inherited=before.covariance, own=nothing)
+    return curved(whole, kernel, passage.function, nothing)

@@ -1,10 +1,12 @@
 """Residual sums and gated products: two places become one."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import sympy as sp
 
 from nope.operations import Add, Multiply
+from theory.fluctuations import Fluctuation, Gram, Passage, Second, added, multiplied
 from theory.kernel import Fidelity, J, K, Rule, Traits
 from theory.rules import rule_for
 from theory.symbols import d, m, maps, n
@@ -23,7 +25,15 @@ def _(operation: Add, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
         source="chi2023, residual variance",
         carried="shared",
         traits=Traits(maps=max(stream.maps, branch.maps)),
+        fluctuates=partial(_adds, operation.scale**2),
     )
+
+
+def _adds(gain: float, passage: Passage) -> tuple[Fluctuation, None]:
+    stream, branch = passage.kernels
+    scaled = Gram(gain * branch.mm, gain * branch.nn, gain * branch.mn)
+    of_stream, of_branch = passage.fluctuations
+    return added(of_stream, of_branch, (stream, scaled), passage.numbers["d"]), None
 
 
 @rule_for.register
@@ -45,4 +55,11 @@ def _(operation: Multiply, traits: Mapping[str, Traits], fidelity: Fidelity) -> 
         source="derived here, for the units of Shazeer 2020",
         remainder=shared * (maps - 1) / d,
         traits=Traits(maps=max(gate.maps, linear.maps)),
+        fluctuates=_multiplies,
     )
+
+
+def _multiplies(passage: Passage) -> tuple[Fluctuation, Second]:
+    gate, linear = passage.fluctuations
+    of_gate, of_linear = passage.kernels
+    return multiplied(gate, linear, (of_gate, of_linear))

@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import sympy as sp
@@ -37,11 +38,11 @@ from nope.operations import Mix, Operation
 from theory.formula import compile_number_form
 from theory.formulas import outputs
 from theory.formulas.wick import first_order
-from theory.kernel import J, K, Moved, Q, Rule, Traits
+from theory.kernel import ZERO, J, K, Moved, Q, Rule, Traits
 from theory.propagation import prefix_sum
-from theory.rules import mixing
+from theory.rules import mixing, repetition
 from theory.rules.mixing import Mixing, Prefixed
-from theory.symbols import d, i, j, m, n
+from theory.symbols import d, d_h, i, j, m, n
 
 Treatment = Callable[[Mixing], tuple[np.ndarray, np.ndarray, np.ndarray | float]]
 
@@ -61,12 +62,11 @@ def _move(
         Prefixed(values),
         Prefixed(keys),
         queries,
-        traits.maps - 1,
+        symbols["p"] - 1,
         traits.fixed_norm,
         max(freedom, 1.0),
         symbols["d_h"],
         symbols["H"],
-        traits.repeated,
     )
     kernel, lost, excess = treatment(found)
     of_values = prefix_sum(dropped[0]) / np.outer(found.count, found.count)
@@ -105,7 +105,9 @@ def _query_key(traits: Traits) -> tuple[str, str]:
 
 def first_order_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
     """sum_ij E a_mi a_nj K(i, j) to first order in s^2 and in 1/d."""
-    return _general(operation, traits, "softmax to first order in s^2", mixing.first_order)
+    tokens = traits[operation.inputs[1]].repeated
+    how = partial(repetition.first_order, tokens) if tokens else mixing.first_order
+    return _general(operation, traits, "softmax to first order in s^2", how)
 
 
 def mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
@@ -113,7 +115,9 @@ def mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
     values, (_, keys) = operation.inputs[1], _query_key(traits[operation.inputs[0]])
     if traits[values].independent and traits[keys].independent:
         return independent_mixture(operation, traits)
-    return _general(operation, traits, "softmax at any temperature", mixing.any_temperature)
+    tokens = traits[values].repeated
+    how = partial(repetition.any_temperature, tokens) if tokens else mixing.any_temperature
+    return _general(operation, traits, "softmax at any temperature", how)
 
 
 def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
@@ -126,19 +130,21 @@ def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
     queries, keys = _query_key(traits[pattern])
     before = traits[values]
     s2, near = Q(m, m) * J(m, m), sp.KroneckerDelta(m, n)
-    given = sp.sqrt(s2), _freedom(before), before.fixed_norm
+    freedom = _freedom(before)
+    given = sp.sqrt(s2), freedom, before.fixed_norm
     mean = near * outputs.second_moment(*given) + (1 - near) * outputs.overlap(*given)
+    A = outputs.participation(*given)
+    size, grown = sp.sqrt(A * A.subs(m, n)), sp.log(m * A)
+    own_key = ZERO if before.fixed_norm else 2 * grown / freedom / m
+    shapes = sum(_shape(traits[name]) for name in (queries, keys)) / freedom * grown**2
     return Rule(
         name="softmax over independent keys, any temperature",
-        statement="Given its query the logits of a prefix are i.i.d. Gaussians.",
+        statement="Given its query the logits of a prefix are i.i.d.",
         sources=(values, keys, queries),
         expression=K(m, m) * mean,
-        assumption="independent tokens; logits Gaussian given the query",
+        assumption="independent Gaussian tokens",
         source="derived here",
-        remainder=s2**2 / d * (1 - near) * sp.sqrt(m * n) / sp.Max(m, n)
-        + 4 * s2 / d**2 * (m - 1)
-        + (outputs.width_coefficient(before.fixed_norm) * s2**2 / _freedom(before)) ** 2
-        * (1 - 1 / m),
+        remainder=(1 - near) * outputs.overlap_remainder(*given) / size + own_key + shapes,
         traits=Traits(maps=before.maps),
         excess=(1 - near) * outputs.excess(given[0]),
     )
@@ -148,21 +154,21 @@ def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
 
 
 def _pattern(
-    operation: Operation, traits: Mapping[str, Traits], name: str, grown: Growth, lost: Growth
+    operation: Operation, traits: Mapping[str, Traits], name: str, grown: Growth, lost: Lost
 ) -> Rule:
     """E a_mn^2 = E sum_n a_mn^2/m, averaged over n <= m."""
     logits = operation.inputs[0]
     queries, keys = _query_key(traits[logits])
     independent = traits[keys].independent
-    s2 = K(m, m) * (J(m, m) if independent else _spread_over_prefix())
+    value = grown.expression(K(m, m) * (J(m, m) if independent else _spread_over_prefix()))
     return Rule(
         name=f"softmax {name}",
         statement="The participation of a query whose logits have variance s^2.",
         sources=(queries, keys),
-        expression=grown.expression(s2) / m**2,
+        expression=value / m**2,
         assumption="exchangeable keys; logits Gaussian given the query",
         source="derived here",
-        remainder=lost.expression(K(m, m) * J(m, m)) / m,
+        remainder=lost(K(m, m) * J(m, m), value),
         traits=Traits(logits=logits, query_key=traits[logits].query_key),
         algorithm=None if independent else partial(_participate, grown, lost),
     )
@@ -176,7 +182,7 @@ def _spread_over_prefix() -> sp.Expr:
 
 def _participate(
     grown: Growth,
-    lost: Growth,
+    lost: Lost,
     kernels: Sequence[np.ndarray],
     dropped: Sequence[np.ndarray],
     symbols: Mapping[str, float],
@@ -186,13 +192,26 @@ def _participate(
     queries, keys = kernels
     variance = np.diagonal(queries) * np.maximum(Prefixed(keys).spread, 0.0)
     count = np.arange(1.0, n_ctx + 1)
-    value, beyond = (form.numbers(count, variance, symbols) for form in (grown, lost))
-    relative = beyond / value + np.diagonal(dropped[0]) / np.diagonal(queries)
+    value = grown.numbers(count, variance, symbols)
+    beyond = _numbers(lost(VARIANCE, VALUE), {**symbols, "m": count, "s2": variance, "f": value})
+    relative = beyond + np.diagonal(dropped[0]) / np.diagonal(queries)
     square = (n_ctx, n_ctx)
     return Moved(
         np.broadcast_to((value / count**2)[:, None], square),
         np.broadcast_to(relative[:, None], square),
     )
+
+
+VARIANCE, VALUE = sp.symbols("s2 f", nonnegative=True)
+"""A logit's variance and m E sum a^2, where both are numbers."""
+
+Lost = Callable[[sp.Expr, sp.Expr], sp.Expr]
+"""What is dropped of m E sum a^2, relatively, from a logit's variance and that value."""
+
+
+def _numbers(expression: sp.Expr, known: Mapping[str, Any]) -> np.ndarray:
+    free = tuple(sorted(expression.free_symbols, key=str))
+    return np.asarray(compile_number_form(expression, free)(*(known[x.name] for x in free)))
 
 
 @dataclass(frozen=True)
@@ -204,9 +223,7 @@ class Growth:
     def numbers(
         self, count: np.ndarray, variance: np.ndarray, symbols: Mapping[str, float]
     ) -> np.ndarray:
-        s2 = sp.Symbol("s2", nonnegative=True)
-        function = compile_number_form(self.expression(s2), (m, s2, d))
-        return np.asarray(function(count, variance, symbols["d"]))
+        return _numbers(self.expression(VARIANCE), {**symbols, "m": count, "s2": variance})
 
 
 @dataclass(frozen=True)
@@ -218,27 +235,48 @@ class TabulatedGrowth(Growth):
     def numbers(
         self, count: np.ndarray, variance: np.ndarray, symbols: Mapping[str, float]
     ) -> np.ndarray:
-        table = mixing.covering_table(len(count), float(variance.max()), symbols["d_h"])
         freedom = max(symbols["d"] - self.before.centred, 1.0)
-        growth = table(count.astype(int), variance)
-        return 1 + mixing.widened(growth, self.before.fixed_norm, (self.before.maps - 1) / freedom)
+        maps = symbols["p"] - 1
+        width = mixing.KeyWidth(symbols["d_h"], freedom, maps, self.before.fixed_norm)
+        table = mixing.covering_table(len(count), float(variance.max()), width)
+        return 1 + table(count.astype(int), variance)
+
+
+def _shape(mapped: Traits) -> sp.Expr:
+    """D times half of what the relative variance of |W q|^2 has beyond a Gaussian W's, 0 for those.
+
+    1 for a Haar matrix, which leaves |q| as it is, and 3 |kappa - 3|/(2 d_h) for independent
+    entries: what it changes is ln m A by (ln m A)^2.
+    """
+    assert mapped.mapped is not None
+    by, _ = mapped.mapped
+    haar = (1 - by.pair) * (d + 2) / 2
+    return haar + 3 * sp.Abs(by.kurtosis - 3 * by.pair) / (2 * d_h)
 
 
 def first_order_pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
     """(1 + s^2 (1 - 1/m))/m^2."""
     grown = Growth(lambda s2: 1 + s2 * (1 - 1 / m))
-    lost = Growth(lambda s2: (sp.exp(s2) - 1 - s2) * (1 - 1 / m))
+
+    def lost(s2: sp.Expr, value: sp.Expr) -> sp.Expr:
+        return (sp.exp(s2) - 1 - s2) * (1 - 1 / m) / value
+
     return _pattern(operation, traits, "to first order in s^2", grown, lost)
 
 
 def pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
-    """A/m at any temperature; the term of order 1/d is that of a long prefix."""
+    """A/m at any temperature and width."""
     before = traits[_query_key(traits[operation.inputs[0]])[1]]
     freedom = _freedom(before) / sp.Integer(before.maps - 1)
 
     def participation(s2: sp.Expr) -> sp.Expr:
         return m * outputs.participation(sp.sqrt(s2), freedom, before.fixed_norm)
 
+    def lost(s2: sp.Expr, value: sp.Expr) -> sp.Expr:
+        own_key = 0 if before.fixed_norm else 2 * sp.log(value) / m
+        unlike = shapes if before.independent else shapes + 4 / freedom
+        return (own_key + unlike * sp.log(value) ** 2) / freedom
+
+    shapes = sum(_shape(traits[name]) for name in _query_key(traits[operation.inputs[0]]))
     grown = TabulatedGrowth(participation, before)
-    lost = Growth(lambda s2: ((2 * s2 / freedom) ** 2 + s2**2 / freedom / m) * (1 - 1 / m))
     return _pattern(operation, traits, "at any temperature", grown, lost)

@@ -46,7 +46,7 @@ def _(operation: Embed, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rul
                 expression=sigma_x**2 * (SAME + (1 - SAME) * p_2),
                 assumption="rows N(0, sigma_x^2 I), ids i.i.d.",
                 source="derived here",
-                traits=replace(COORDINATE, repeated=True),
+                traits=replace(COORDINATE, repeated=operation.tokens),
             )
         case tokens:
             return Rule(
@@ -56,7 +56,7 @@ def _(operation: Embed, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rul
                 expression=sigma_x**2 * R(m, n),
                 assumption="rows N(0, sigma_x^2 I); every window of the text equally likely",
                 source="counted in the text",
-                traits=replace(COORDINATE, repeated=True),
+                traits=replace(COORDINATE, repeated=tokens),
                 algorithm=partial(_counted, tokens),
             )
 

@@ -1,0 +1,220 @@
+"""Fluctuations of the empirical kernel: enumeration, quadrature, plain draws and real layers."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+import montecarlo
+import nope
+import theory
+from nope.init import normal, orthogonal
+from nope.questions import Question
+from theory.bindings import local_bindings
+from theory.fluctuations import (
+    ENTRIES,
+    NEAR,
+    correlation_shift,
+    correlation_width,
+    of_means,
+    response_of_means,
+    wishart,
+)
+from theory.formulas import formula
+from theory.predict import rules_to
+from theory.propagation import KernelValues, all_pairs
+from theory.rules.activation import unit_covariance
+
+RHO = np.array([-0.6, 0.0, 0.3, 0.9])
+
+
+def propagated(architecture, init, place, fidelity="uniform"):
+    """Everything known at a place and before it, of all pairs of positions."""
+    rules, n_ctx = rules_to(architecture, place, fidelity), architecture.n_ctx
+    known = local_bindings(architecture, init)
+    return KernelValues(rules, known, n_ctx, all_pairs(n_ctx), {})
+
+
+# ----------------------------------------------------------------------------- closed forms
+
+
+@pytest.mark.parametrize("rho", RHO)
+def test_wishart_by_the_three_point_rule(rho):
+    """Cov of x^2, y^2 and xy at d = 1: degree four in two Gaussians, each three points."""
+    nodes = [(-np.sqrt(3), 1 / 6), (0.0, 2 / 3), (np.sqrt(3), 1 / 6)]
+    rows, weights = [], []
+    for (z, p), (w, q) in product(nodes, nodes):
+        x, y = z, rho * z + np.sqrt(1 - rho**2) * w
+        rows.append((x * x, y * y, x * y))
+        weights.append(p * q)
+    assert (
+        np.abs(
+            wishart((1.0, 1.0, np.array(rho))) - np.cov(np.array(rows).T, aweights=weights, ddof=0)
+        ).max()
+        < 1e-13
+    )
+
+
+def test_the_shift_of_a_cosine_is_the_expansions_first_term():
+    """Against Stirling's series of the exact E cos of Gaussian coordinates."""
+    width = 1e4
+    shift = correlation_shift(wishart((1.0, 1.0, RHO)) / width, RHO)
+    expansion = formula("cosine.gaussian_pair_expansion")(rho=RHO, d=width)
+    assert np.abs(RHO + shift - expansion).max() < 1e-15
+    assert np.allclose(correlation_width(wishart((1.0, 1.0, RHO)), RHO), 1.0)
+
+
+@pytest.mark.parametrize("function", ["relu", "gelu", "tanh"])
+def test_units_by_gauss_and_hermite(function):
+    """Fourth moments of two activated Gaussians: Mehler's series against a product rule."""
+    from theory.laws.transformed import ACTIVATIONS
+
+    nodes, weights = np.polynomial.hermite_e.hermegauss(160)
+    joint = np.outer(weights, weights) / weights.sum() ** 2
+    phi, variance, tolerance = ACTIVATIONS[function], 1.3, {"relu": 5e-3}.get(function, 1e-6)
+    for rho in (0.0, 0.4, 0.8):
+        x = np.sqrt(variance) * nodes[:, None] + 0 * nodes
+        y = np.sqrt(variance) * (rho * nodes[:, None] + np.sqrt(1 - rho**2) * nodes)
+        f, g = phi(x), phi(y)
+        size = (joint * f * f).sum()
+        rows = [f * f / size, g * g / size, f * g / size]
+        means = np.array([(joint * row).sum() for row in rows])
+        expected = np.array([[(joint * a * b).sum() for a in rows] for b in rows])
+        expected -= np.outer(means, means)
+        found = unit_covariance(function, variance, np.array(rho))
+        assert np.abs(found - expected).max() < tolerance * expected.max()
+
+
+# ------------------------------------------------------------------------------ plain draws
+
+
+def entries(x, y):
+    """|x|^2/d, |y|^2/d and <x, y>/d, per draw."""
+    pair = x, y
+    return np.array([(pair[a] * pair[b]).mean(1) for a, b in ENTRIES])
+
+
+def relative_covariance(left, right):
+    """The covariance of two triples over their sizes; its standard error."""
+    sides = []
+    for triple in (left, right):
+        mean = triple.mean(1)
+        size = np.sqrt([mean[0] ** 2, mean[1] ** 2, mean[0] * mean[1]])[:, None]
+        sides.append((triple - mean[:, None]) / size)
+    products = sides[0][:, None] * sides[1]
+    return products.mean(2), products.std(2) / np.sqrt(products.shape[2])
+
+
+@pytest.mark.parametrize("c", [0.0, 0.6])
+@pytest.mark.parametrize("at", [(2, 5), (4, 3)])
+def test_means_of_normalised_vectors_by_plain_draws(c, at):
+    """Covariance of the entries of two prefix means, to 4/d: exchangeable vectors at d = 64."""
+    rng, width, draws = np.random.default_rng(0), 64, 20_000
+    common = rng.standard_normal((draws, 1, width))
+    x = np.sqrt(c) * common + np.sqrt(1 - c) * rng.standard_normal((draws, max(at), width))
+    x *= np.sqrt(width) / np.linalg.norm(x, axis=2, keepdims=True)
+    triple = entries(*(x[:, :p].mean(1) for p in at))
+    found, error = relative_covariance(triple, triple)
+    expected, _ = of_means(np.array(c), *map(np.array, at))
+    assert (np.abs(width * found - expected) < 5 * width * error + 4 / width * expected.max()).all()
+
+
+@pytest.mark.parametrize("c", [0.0, 0.6])
+@pytest.mark.parametrize("at", [(2, 5), (4, 3)])
+def test_the_response_of_means_by_regression(c, at):
+    """Of the means' entries on those of the vectors at their ends: least squares over draws."""
+    rng, width, draws = np.random.default_rng(1), 16, 40_000
+    common = rng.standard_normal((draws, 1, width))
+    x = np.sqrt(c) * common + np.sqrt(1 - c) * rng.standard_normal((draws, max(at), width))
+    ends = entries(*(x[:, p - 1] for p in at))
+    means = entries(*(x[:, :p].mean(1) for p in at))
+    cross, noise = relative_covariance(means, ends)
+    own, _ = relative_covariance(ends, ends)
+    found = response_of_means(np.array(c), *map(np.array, at))
+    spread = 5 * noise @ np.abs(np.linalg.inv(own))
+    assert (np.abs(cross @ np.linalg.inv(own) - found) < spread).all()
+
+
+# ------------------------------------------------------------------------------ operations
+
+
+def test_a_norm_and_maps_leave_what_they_should():
+    """After a norm no norm fluctuates; a Gaussian map adds wishart/d, a square Haar map nothing."""
+    architecture = nope.decoder(16, 4, n_ctx=3, attention="uniform")
+    for init, added in ((normal(0.25), 1 / 16), (orthogonal(), 0.0)):
+        values = propagated(architecture, init, "blocks.0.mlp.pre")
+        normed = values._passed("blocks.0.ln1")[0].covariance
+        mapped = values._passed("blocks.0.attn.v")[0].covariance
+        assert not normed[:2].any()
+        rho = np.where(np.eye(3, dtype=bool), NEAR, 0.0)
+        assert np.allclose(mapped - normed, added * wishart((1.0, 1.0, rho)))
+
+
+def test_without_fluctuation_nothing_is_added():
+    """The leading order is the limit of large widths: what is added falls as 1/d."""
+    added = []
+    for width in (10**3, 10**5):
+        architecture = nope.decoder(width, 4, n_ctx=4, attention="uniform", d_ff=4 * width)
+        values = propagated(architecture, normal(width**-0.5), "blocks.0.resid_post")
+        place = "blocks.0.mlp.post"
+        added.append(np.abs(values.kernel(place) - values._leading(place, "mn")).max())
+    assert added[0] > 0
+    assert added[0] / added[1] == pytest.approx(100, rel=0.02)
+
+
+def test_between_the_positions_of_the_grid():
+    """Interpolated second orders are those of all positions, within a tenth."""
+    architecture = nope.decoder(64, 4, n_ctx=48, attention="uniform")
+    place = "blocks.0.ln2"
+    few = propagated(architecture, normal(0.125), place)
+    all_of_them = propagated(architecture, normal(0.125), place)
+    all_of_them._grid = np.arange(1, 49)
+    one, other = (v.kernel(place) - v._leading(place, "mn") for v in (few, all_of_them))
+    assert len(few._grid) < 48
+    assert np.abs(one - other).max() < 0.1 * np.abs(other).max()
+
+
+# ------------------------------------------------------------------------------ real layers
+
+STACKS = {
+    "gelu": {},
+    "swiglu": {"activation": "swiglu"},
+    "post relu": {"norm_position": "post", "activation": "relu"},
+    "no norm": {"norm_position": "none", "activation": "relu"},
+    "scaled": {"activation": "tanh", "residual_scale": 0.5},
+}
+DRAWS = 20_000
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_uniform_stacks_of_width_16(name):
+    """Two layers: within the remainder and 5 standard errors, and the remainder below a sixth."""
+    architecture = nope.decoder(16, 4, 2, n_ctx=4, attention="uniform", **STACKS[name])
+    place = architecture.operations[-1].place.replace("ln_final", "blocks.1.resid_post")
+    questions = [
+        Question(architecture, normal(0.25), place, o) for o in ("kernel", "adjacent_cosine")
+    ]
+    for question, found in zip(questions, montecarlo.measure(questions, DRAWS), strict=True):
+        theory_says = theory.predict(question)
+        gap = np.abs(theory_says.values - found.mean)
+        assert (gap <= theory_says.remainder + 5 * found.standard_error + 1e-6).all()
+        assert theory_says.remainder.max() <= np.abs(theory_says.values).max() / 6
+
+
+@pytest.mark.parametrize("name", ["gelu", "swiglu", "no norm"])
+def test_the_second_order_is_most_of_what_the_leading_order_lacks(name):
+    """E cos of neighbours at d = 32: the cosine of the mean kernel is off by over three times as
+    much as the prediction, noise aside."""
+    architecture = nope.decoder(32, 4, 2, n_ctx=4, attention="uniform", **STACKS[name])
+    place = "blocks.1.resid_post"
+    question = Question(architecture, normal(32**-0.5), place, "adjacent_cosine")
+    found = montecarlo.measure(question, DRAWS)
+    wide = nope.decoder(32 * 10**6, 4, 2, n_ctx=4, attention="uniform", **STACKS[name])
+    limit = theory.predict(Question(wide, normal((32 * 10**6) ** -0.5), place, "adjacent_cosine"))
+    prediction = theory.predict(question).values
+    without, gap, noise = (
+        np.linalg.norm(x)
+        for x in (limit.values - found.mean, prediction - found.mean, found.standard_error)
+    )
+    assert without > 6 * noise
+    assert 3 * (gap - 3 * noise) < without
