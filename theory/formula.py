@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property, reduce
+from functools import cache, cached_property, lru_cache, reduce
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -60,7 +60,13 @@ class Numeric(sp.Function):
     def _eval_evalf(self, prec: int) -> sp.Expr | None:
         if not all(argument.is_number for argument in self.args):
             return None
-        return sp.Float(float(self.numbers(*(np.array(float(x)) for x in self.args))), 15)
+        return sp.Float(_number(self), 15)
+
+
+@lru_cache(maxsize=4096)
+def _number(call: Any) -> float:
+    """The value of a `Numeric` at numbers: SymPy asks again and again for one."""
+    return float(call.numbers(*(np.array(float(x)) for x in call.args)))
 
 
 class LogGamma(sp.Function):

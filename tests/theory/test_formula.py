@@ -180,7 +180,10 @@ def random_point(formula, rng, large):
     if "c" in point and "a" in point:
         point["c"] *= (point["a"] * point["b"]) ** 0.5
     if "p_3" in point:
-        point["p_3"] = point["p_2"] ** rng.uniform(1.5, 2)  # Jensen and Hoelder: p_2^2 to p_2^(3/2)
+        third = rng.uniform(1.5, 2)  # Jensen and Hoelder: p_2^2 to p_2^(3/2)
+        point["p_3"] = point["p_2"] ** third
+        if "p_4" in point:  # p_3^2/p_2 to p_3^(4/3)
+            point["p_4"] = point["p_2"] ** rng.uniform(4 * third / 3, 2 * third - 1)
     if "k" in point:
         ordered = rng.sample(range(1, 900), 3)
         point.update(zip("jki", sorted(ordered), strict=True))

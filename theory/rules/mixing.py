@@ -69,22 +69,40 @@ def first_order_change(values: Prefixed, keys: Prefixed, queries: np.ndarray) ->
     Cumulative sums, and one sum over all keys that is grouped beyond the first `EVERY`.
     """
     count = values.count
-    product = np.outer(count, count)
-    by_column = (keys.rows * values.rows).cumsum(1) / count[:, None]
-    shared = prefix_sum(keys.kernel * values.kernel) - by_column - by_column.T
-    shared = queries * (shared + keys.sums * values.sums / product)
-    own = np.tril(np.diagonal(keys.kernel)[None, :] - 2 * keys.rows / count[:, None])
-    own = np.tril(own - own.sum(1, keepdims=True) / count[:, None])
-    tilted = np.diagonal(queries)[:, None] / 2 * _grouped_product(own, values.rows)
-    return np.asarray((shared + tilted + tilted.T) / product)
+    by_column = keys.rows * values.rows
+    by_column = by_column.cumsum(1, out=by_column)
+    by_column /= count[:, None]
+    shared = prefix_sum(keys.kernel * values.kernel)
+    shared -= by_column
+    shared -= by_column.T
+    weighted = keys.sums * values.sums
+    weighted /= count[:, None] * count
+    shared += weighted
+    shared *= queries
+    tilted = _tilted(values, keys)
+    tilted *= np.diagonal(queries)[:, None] / 2
+    shared += tilted
+    shared += tilted.T
+    shared /= count[:, None] * count
+    return shared
 
 
-def _grouped_product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """left @ right.T, with the mean of `right` over each group of neighbouring keys."""
-    starts = group_starts(len(left))
-    sizes = np.diff([*starts, len(left)])
-    summed, averaged = (np.add.reduceat(each, starts, axis=1) for each in (left, right))
-    return np.asarray(summed @ (averaged / sizes).T)
+def _tilted(values: Prefixed, keys: Prefixed) -> np.ndarray:
+    """sum over i <= m of D_m(i) times the sum over j <= n of K(i, j), with the mean of the latter
+    over each group of neighbouring keys.
+
+    D_m(i) = J_ii - (2/m) sum over j <= m of J_ij, less its mean over i <= m.
+    """
+    count, starts = keys.count, group_starts(len(keys.count))
+    sizes = np.diff([*starts, len(count)])
+
+    def grouped(matrix: np.ndarray) -> np.ndarray:
+        return np.asarray(np.add.reduceat(matrix, starts, axis=1))
+
+    diagonal, triangle = np.diagonal(keys.kernel), np.tri(len(count))
+    own = grouped(triangle * diagonal) - 2 / count[:, None] * grouped(triangle * keys.rows)
+    own -= own.sum(1, keepdims=True) / count[:, None] * grouped(triangle)
+    return np.asarray(own @ (grouped(values.rows) / sizes).T)
 
 
 def group_starts(count: int) -> np.ndarray:
@@ -163,6 +181,11 @@ class Mixing:
         return self._table(self.width)
 
     @cached_property
+    def wide_table(self) -> Tabulated:
+        """Of keys that do not fluctuate, for what is small already."""
+        return self._table(replace(self.width, maps=0.0))
+
+    @cached_property
     def participation(self) -> np.ndarray:
         """A of each query."""
         return np.asarray((1 + self.table(self.positions, self.own_variance)) / self.count)
@@ -170,7 +193,7 @@ class Mixing:
     @cached_property
     def shared_growth(self) -> tuple[Restricted, Restricted, Restricted]:
         """ln(1 + f) of each prefix at the s^2 of its pairs; over wide keys with ln(1 + f_inf)."""
-        wide = self._table(replace(self.width, maps=0.0))
+        wide = self.wide_table
         asked = (self.table, Participation), (wide, Participation), (wide, SharedWithLonger)
         own, widest, endless = (table.restricted(f, *self.pair_variances) for table, f in asked)
         return own, widest, endless
@@ -189,7 +212,7 @@ class Mixing:
     @cached_property
     def tilt_growth(self) -> np.ndarray:
         """B_off over its first order, of each query."""
-        return outputs.tilt_growth(self.table, self.positions, self.own_variance)
+        return outputs.tilt_growth(self.wide_table, self.positions, self.own_variance)
 
     def over_pairs(
         self, function: Callable[[Pairs], Sequence[np.ndarray]], results: int
@@ -379,8 +402,8 @@ def excess(mixing: Mixing, kernel: np.ndarray) -> np.ndarray:
     covariances of both P and of sum_n a_mn a_nn leave (1 - r)(1 - r/3) of it.
     """
     delta = outputs.mean_over_heads(
-        outputs.root_bias(mixing.table, mixing.positions, mixing.own_variance),
-        mixing.table.relative_variance(mixing.positions, mixing.own_variance),
+        outputs.root_bias(mixing.wide_table, mixing.positions, mixing.own_variance),
+        mixing.wide_table.relative_variance(mixing.positions, mixing.own_variance),
         mixing.n_heads,
     )
     common = mixing.values.variance - mixing.values.spread
