@@ -17,6 +17,7 @@ from theory.symbols import REGISTRY, d, m, n, sigma
 
 NAMES = sorted(theory.formulas())
 DIGITS = 40
+GUARD = 80
 PROMISE = 1e-9
 """Number forms are asked for nine digits: far below any band, far above float64's rounding."""
 
@@ -191,8 +192,14 @@ def random_point(formula, rng, large):
 
 
 def high_precision(expr, point):
-    """The expression at the exact rational values of the floats."""
-    known = {symbols.symbol(name): sp.Rational(value) for name, value in point.items()}
+    """The expression at the floats as they are, in many more digits than they have.
+
+    (As fractions they would be raised to the powers of a width, exactly.)
+    """
+    known = {
+        symbols.symbol(name): sp.Integer(value) if value == int(value) else sp.Float(value, GUARD)
+        for name, value in point.items()
+    }
     return float(sp.N(expr.subs(known), DIGITS))
 
 
