@@ -163,8 +163,8 @@ BEYOND = {
     "chi2023.lemma3.softmax": "REFUTED",
     "zuo2025.cosine.softmax": None,
 }
-"""What is expected just beyond the last std that confirms: the theory of both moments is exact, that
-of a cosine leaves a remainder in which nothing is expected."""
+"""What is expected just beyond the last std that confirms: the theory of both moments is exact,
+that of a cosine leaves a remainder in which nothing is expected."""
 
 
 @pytest.mark.parametrize("identifier", SOFTMAX)
