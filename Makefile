@@ -18,7 +18,9 @@ test: $(READY)  ## the tests, on every core
 	$(BIN)/pytest -n auto --dist worksteal -q
 
 bench: $(READY)  ## speed and memory, each against a baseline in the same run
-	$(BIN)/python benchmarks/theory.py
+	$(BIN)/python -m benchmarks.theory
+	$(BIN)/python -m benchmarks.sampler
+	$(BIN)/python -m benchmarks.collapsed
 
 check: $(READY)  ## lint, format, types, the direction of imports
 	$(BIN)/ruff check .

@@ -1,11 +1,14 @@
-"""What the theory is timed against: the same numbers by the shortest honest way."""
+"""What we are timed against: the same numbers by the shortest honest way."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
+import torch
 from scipy.integrate import quad
+from torch import Tensor, nn
 
 
 def uniform_stack(n_layers: int, n_ctx: int, d: int = 768, std: float = 0.02) -> np.ndarray:
@@ -55,3 +58,33 @@ def B_by_quad(m: int, s: float) -> float:  # noqa: N802
         )
 
     return float(quad(density, -25, 12)[0])
+
+
+def plain_layers(
+    d_model: int, n_heads: int, n_ctx: int, grid: Tensor, std: float = 0.02
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless draws of a `torch.nn` layer: x_m^2 averaged over coordinates, cosines on a grid.
+
+    Each is built, initialised to N(0, std^2) without biases, and run on tokens of the same law.
+    `grid` holds positions counted from 0.
+    """
+    mask = nn.Transformer.generate_square_subsequent_mask(n_ctx)
+    while True:
+        layer = nn.TransformerEncoderLayer(
+            d_model,
+            n_heads,
+            dim_feedforward=4 * d_model,
+            dropout=0.0,
+            activation="gelu",
+            layer_norm_eps=0.0,
+            batch_first=True,
+            norm_first=True,
+            bias=False,
+        )
+        for weight in layer.parameters():
+            if weight.ndim == 2:
+                nn.init.normal_(weight, std=std)
+        tokens = std * torch.randn(1, n_ctx, d_model)
+        x = layer.eval()(tokens, src_mask=mask, is_causal=True)[0]
+        units = nn.functional.normalize(x[grid], dim=-1)
+        yield x.square().mean(-1), units @ units.T

@@ -12,14 +12,21 @@
 from montecarlo.campaign import Campaign
 from montecarlo.decide import decide, measure
 from montecarlo.evidence import Decision, Measurement, Target
+from montecarlo.plan import Plan, plan
+from montecarlo.rates import exponent
 from montecarlo.sampler import Conditions
+from montecarlo.split import split
 
 __all__ = [
     "Campaign",
     "Conditions",
     "Decision",
     "Measurement",
+    "Plan",
     "Target",
     "decide",
+    "exponent",
     "measure",
+    "plan",
+    "split",
 ]

@@ -6,15 +6,17 @@ Both are campaigns (`montecarlo.campaign`) of a few targets.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from montecarlo.campaign import Campaign
-from montecarlo.engines import default_workers
+from montecarlo.engines import device_of
+from montecarlo.estimators import best
 from montecarlo.evidence import Decision, Target
 from montecarlo.sampler import Conditions
-from nope.devices import resolve_device
+from montecarlo.store import opened
 from nope.questions import Question
 
 DEFAULT_DRAWS = 100_000
@@ -34,22 +36,37 @@ def measure(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "float32",
-    workers: int = 1,
+    workers: int | None = 1,
+    engine: str = "local",
+    store: str | Path | None = None,
+    sampler: str = "auto",
+    inputs: int = 1,
+    integrate: bool = False,
 ) -> Any:
     """Estimate one question (a `Measurement`) or several (a list) from at least `draws` draws.
 
-    Draws come in whole blocks, so `Measurement.draws` may be larger.  Raises `LookupError` for
-    a question without an answer, `ValueError` for a device or dtype that cannot be,
-    `FloatingPointError` where an observable is not finite.
+    Draws come in whole blocks, so `Measurement.draws` may be larger.  `store` is a directory
+    whose evidence is used and added to, `engine` one of `montecarlo.engines`; `workers=None`
+    takes all it has.  `sampler` is one of `montecarlo.collapsed.SAMPLERS`, `inputs` the inputs per
+    draw of the weights, and `integrate` takes the gains of the last maps as known
+    (`montecarlo.estimators`).
+
+    Raises `LookupError` for a question without an answer, `ValueError` for a device or dtype
+    that cannot be, `FloatingPointError` where an observable is not finite, `OSError` for a store
+    that cannot be used.
     """
     asked = [questions] if isinstance(questions, Question) else list(questions)
     targets = []
     for question in asked:
         question.require_applicable()
         anywhere = np.full(question.shape, np.inf)
-        targets.append(Target(question, -anywhere, anywhere, 0.5, 0.5))
-    conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
-    decisions = Campaign(targets, conditions, draws).run(workers)
+        way = best(question) if integrate else None
+        targets.append(Target(question, -anywhere, anywhere, 0.5, 0.5, integrated=way))
+    conditions = Conditions(
+        seed, device_of(engine, device, dtype), dtype, sampler=sampler, inputs=inputs
+    )
+    with opened(store) as kept:
+        decisions = Campaign(targets, conditions, draws, store=kept).run(workers, engine=engine)
     found = [_require_finite(decision).measurement for decision in decisions]
     return found[0] if isinstance(questions, Question) else found
 
@@ -65,12 +82,18 @@ def decide(
     device: str = "auto",
     dtype: str = "float32",
     workers: int | None = None,
+    engine: str = "local",
+    store: str | Path | None = None,
+    sampler: str = "auto",
+    inputs: int = 1,
+    integrate: bool = False,
 ) -> Decision:
     """Does the answer lie between `low` and `high`, at every entry?
 
     `low` and `high` broadcast to the question's shape; infinite where nothing is asked.
     `error_rate` bounds the probability of a wrong CONFIRMED or REFUTED, half each.  Stops at
     the decision, at `draws` (100,000 if neither limit is given) or after `budget` seconds.
+    The other options are those of `measure`.
     """
     if not 0 < error_rate < 1:
         raise ValueError(f"expected error_rate between 0 and 1, got {error_rate}; change it")
@@ -80,10 +103,12 @@ def decide(
         raise ValueError(
             f"expected low <= high at every entry, got {low!r} and {high!r}; swap them"
         )
-    target = Target(question, bounds[0], bounds[1], error_rate / 2, error_rate / 2)
-    conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
-    limit = DEFAULT_DRAWS if draws is None and budget is None else draws
-    campaign = Campaign([target], conditions, limit, budget)
-    return _require_finite(
-        campaign.run(default_workers(conditions.device) if workers is None else workers)[0]
+    share, way = error_rate / 2, best(question) if integrate else None
+    target = Target(question, bounds[0], bounds[1], share, share, integrated=way)
+    conditions = Conditions(
+        seed, device_of(engine, device, dtype), dtype, sampler=sampler, inputs=inputs
     )
+    limit = DEFAULT_DRAWS if draws is None and budget is None else draws
+    with opened(store) as kept:
+        campaign = Campaign([target], conditions, limit, budget, store=kept)
+        return _require_finite(campaign.run(workers, engine=engine)[0])

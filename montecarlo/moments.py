@@ -10,6 +10,7 @@ so the result does not depend on who computed them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations_with_replacement, permutations
 
 import numpy as np
 
@@ -29,8 +30,15 @@ class Moments:
         x = np.asarray(draws, dtype=np.float64)
         mean = x.mean(0)
         d = x - mean
-        second = np.einsum("ni...,nj...->ij...", d, d)
-        third = np.einsum("ni...,nj...,nk...->ijk...", d, d, d)
+        parts, entries = len(mean), mean.shape[1:]
+        second, third = np.empty((parts, parts, *entries)), np.empty((parts,) * 3 + entries)
+        for i, j in combinations_with_replacement(range(parts), 2):  # they are symmetric
+            product = d[:, i] * d[:, j]
+            second[i, j] = second[j, i] = product.sum(0)
+            for k in range(j, parts):
+                sums = np.einsum("n...,n...->...", product, d[:, k])
+                for axes in permutations((i, j, k)):
+                    third[axes] = sums
         return cls(len(x), mean, second, third)
 
     def merge(self, other: Moments) -> Moments:
@@ -48,6 +56,16 @@ class Moments:
             self.second + other.second + outer * (a * b / total),
             self.third + other.third + cube + rotations,
         )
+
+    def scaled(self, count: int) -> Moments:
+        """The moments of `count` draws with the mean, spread and skewness of these."""
+        share = count / self.count
+        return Moments(count, self.mean, self.second * share, self.third * share)
+
+    def covariance_with(self, gradient: np.ndarray) -> np.ndarray:
+        """The covariance of each component with the combination `gradient`, K x entries."""
+        product = np.einsum("ij...,j...->i...", self.second, gradient)
+        return np.asarray(product / (self.count - 1))
 
     def along(self, gradient: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Variance per draw and skewness of the linear combination `gradient` (K x entries).

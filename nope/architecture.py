@@ -75,6 +75,10 @@ class Architecture:
 
     def places(self) -> Mapping[str, Operation]:
         """Every place that can be asked about, with the operation that produces it."""
+        return self._places
+
+    @cached_property
+    def _places(self) -> Mapping[str, Operation]:
         return {operation.place: operation for operation in self.operations}
 
     @property

@@ -45,8 +45,8 @@ class Observable:
 
     `shape` is the form of its array; `scale` is what a tolerance multiplies: the prediction
     (`relative`), sqrt(K_mm K_nn) (`kernel`) or 1 (`absolute`); `least` is the number of
-    positions below which there is nothing to judge; `transform` says what is done to the inputs
-    for a second look at the same draw.
+    positions below which there is nothing to judge; `bounds` hold every draw of it, if any do;
+    `transform` says what is done to the inputs for a second look at the same draw.
     """
 
     name: str
@@ -55,7 +55,18 @@ class Observable:
     shape: Shape
     scale: Scale
     least: int = 1
+    bounds: tuple[float, float] | None = None
     transform: Transform | None = None
+
+    @property
+    def is_event(self) -> bool:
+        """Whether a draw is 0 or 1: a symmetry held in it, or not."""
+        return self.transform is not None
+
+    @property
+    def is_share(self) -> bool:
+        """Whether a draw is a share of something, or an event, which can be 0 or 1 exactly."""
+        return self.scale == "absolute" and self.bounds == (0.0, 1.0)
 
 
 OBSERVABLES = {
@@ -96,6 +107,7 @@ OBSERVABLES = {
             "positions",
             "relative",
             least=2,
+            bounds=(0.0, 1.0),
         ),
         Observable("kernel", "E <x_m, x_n> / d", ("vector",), "pairs", "kernel"),
         Observable(
@@ -113,6 +125,7 @@ OBSERVABLES = {
             "distinct_pairs",
             "absolute",
             least=2,
+            bounds=(-1.0, 1.0),
         ),
         Observable(
             "cosine_steps",
@@ -121,9 +134,16 @@ OBSERVABLES = {
             "steps",
             "absolute",
             least=3,
+            bounds=(-2.0, 2.0),
         ),
         Observable(
-            "adjacent_cosine", "E cos(x_m, x_m+1)", ("vector",), "adjacent", "absolute", least=2
+            "adjacent_cosine",
+            "E cos(x_m, x_m+1)",
+            ("vector",),
+            "adjacent",
+            "absolute",
+            least=2,
+            bounds=(-1.0, 1.0),
         ),
         Observable(
             "adjacency_score",
@@ -132,6 +152,7 @@ OBSERVABLES = {
             "whole",
             "absolute",
             least=3,
+            bounds=(0.0, 1.0),
         ),
         Observable(
             "adjacency_score.steps",
@@ -140,6 +161,7 @@ OBSERVABLES = {
             "whole",
             "absolute",
             least=3,
+            bounds=(0.0, 1.0),
         ),
         Observable(
             "adjacency_score.norm",
@@ -148,6 +170,7 @@ OBSERVABLES = {
             "whole",
             "absolute",
             least=2,
+            bounds=(0.0, 1.0),
         ),
         Observable(
             "cdf",
@@ -156,6 +179,7 @@ OBSERVABLES = {
             ("vector", "pair"),
             "points",
             "absolute",
+            bounds=(0.0, 1.0),
         ),
         Observable(
             "past_permutation",
@@ -164,6 +188,7 @@ OBSERVABLES = {
             "whole",
             "absolute",
             least=3,
+            bounds=(0.0, 1.0),
             transform="past_reversed",
         ),
         Observable(
@@ -173,6 +198,7 @@ OBSERVABLES = {
             "whole",
             "absolute",
             least=2,
+            bounds=(0.0, 1.0),
             transform="reversed",
         ),
         Observable(
@@ -182,6 +208,7 @@ OBSERVABLES = {
             "whole",
             "absolute",
             least=2,
+            bounds=(0.0, 1.0),
             transform="first_repeated",
         ),
     )
@@ -240,6 +267,17 @@ class Question:
     @property
     def kind(self) -> Observable:
         return OBSERVABLES[self.observable]
+
+    def scale_of(self, values: np.ndarray) -> np.ndarray:
+        """What a tolerance multiplies: the values' size, sqrt(K_mm K_nn), or 1."""
+        match self.kind.scale:
+            case "relative":
+                return np.asarray(np.abs(values))
+            case "kernel":
+                diagonal = np.sqrt(np.abs(np.diagonal(values)))
+                return np.asarray(diagonal[:, None] * diagonal[None, :])
+            case _:
+                return np.ones(self.shape)
 
     @property
     def operation(self) -> Operation:

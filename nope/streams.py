@@ -9,6 +9,7 @@ instead, expanded from 256 bits by NumPy's `SeedSequence`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,21 @@ def generator(key: int, device: torch.device) -> torch.Generator:
     state[_WORDS] = np.frombuffer(words.astype(np.uint64).tobytes(), dtype=np.uint8)
     fresh.set_state(torch.from_numpy(state))
     return fresh
+
+
+LARGE = 2**25
+"""Arrays of this many bytes are in new memory each time; smaller ones reuse what was freed."""
+
+
+def _in_huge_pages(size: int) -> Tensor:
+    """So many new bytes on the CPU, for which NumPy asks for huge pages and torch does not.
+
+    Normals fill them at 390 million a second instead of 250.  They begin at a multiple of 64 bytes
+    as torch's arrays do, since the order of sums in a product may depend on that.
+    """
+    memory = np.empty(size + 64, dtype=np.uint8)
+    start = -memory.ctypes.data % 64
+    return torch.from_numpy(memory[start : start + size])
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,9 @@ class TorchSource:
         return every[self.integers(shape[:1], len(every))]
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        size = math.prod(shape) * self.dtype.itemsize
+        if self.device.type == "cpu" and size >= LARGE:
+            return _in_huge_pages(size).view(self.dtype).view(shape)
         return torch.empty(shape, device=self.device, dtype=self.dtype)
 
     def _unit(self, shape: tuple[int, ...]) -> Tensor:

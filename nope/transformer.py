@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial, singledispatch
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,16 @@ from nope.operations import (
 )
 from nope.tokens import BOS, TABLE
 
-Weights = Mapping[str, Tensor]
+Product = Callable[[Tensor, Linear], Tensor]
+"""x W of a map: from `draws positions fan_in` to `draws positions fan_out`."""
+
+
+class Weights(NamedTuple):
+    """What operations want of weights: the array of one, and the product with a map's matrix."""
+
+    array: Callable[[Weight], Tensor]
+    product: Product
+
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -52,22 +62,24 @@ def evaluate(
     places: Iterable[str],
     tokens: Float[Tensor, "draws positions d_model"] | Integer[Tensor, "draws positions"],
     weight: Callable[[Weight], Tensor],
+    product: Product | None = None,
 ) -> dict[str, Tensor]:
     """The values at `places`.
 
     `tokens` are what `Tokens.draw` gives: the inputs x_m, or the ids of their rows.  `weight`
     gives the array of a weight, `draws fan_in fan_out`, or with a leading 1 when all draws
-    share it.  Raises `LookupError` for an unknown place.
+    share it; `product` what a map makes of its input before the bias, where that is not the
+    product with the array.  Raises `LookupError` for an unknown place.
     """
+    weights = Weights(weight, product or products(weight))
     wanted = tuple(places)
     needed = {o.place for place in wanted for o in architecture.upstream(place)}
     steps = [operation for operation in architecture.operations if operation.place in needed]
     last_use = {name: step for step, operation in enumerate(steps) for name in operation.inputs}
     values: dict[str, Tensor] = {}
     for step, operation in enumerate(steps):
-        arrays = {w.path: weight(w) for w in operation.weights}
         inputs = [values[name] for name in operation.inputs] or [tokens]
-        values[operation.place] = apply(operation, inputs, arrays)
+        values[operation.place] = apply(operation, inputs, weights)
         for name in set(operation.inputs).difference(wanted):
             if last_use[name] == step:
                 del values[name]
@@ -75,14 +87,15 @@ def evaluate(
 
 
 @singledispatch
-def apply(operation: Operation, inputs: list[Tensor], arrays: Weights) -> Tensor:
+def apply(operation: Operation, inputs: list[Tensor], weights: Weights) -> Tensor:
     """What `operation` does to its inputs."""
     raise NotImplementedError(f"no torch layer for {type(operation).__name__}; register one")
 
 
 @apply.register
-def _(operation: Embed, inputs: list[Tensor], arrays: Weights) -> Tensor:
+def _(operation: Embed, inputs: list[Tensor], weights: Weights) -> Tensor:
     x = inputs[0]
+    arrays = {weight.path: weights.array(weight) for weight in operation.weights}
     if TABLE in arrays:
         x = _rows(arrays[TABLE], x)
     if BOS in arrays:
@@ -99,30 +112,35 @@ def _rows(
 
 
 @apply.register
-def _(operation: Normalise, inputs: list[Tensor], arrays: Weights) -> Tensor:
+def _(operation: Normalise, inputs: list[Tensor], weights: Weights) -> Tensor:
     x = inputs[0]
     norm = F.layer_norm if operation.kind == "layernorm" else F.rms_norm
     return norm(x, (x.shape[-1],), eps=operation.eps)
 
 
 @apply.register
-def _(operation: Linear, inputs: list[Tensor], arrays: Weights) -> Tensor:
-    y = _product(inputs[0], arrays[operation.weight.path])
+def _(operation: Linear, inputs: list[Tensor], weights: Weights) -> Tensor:
+    y = weights.product(inputs[0], operation)
     if operation.bias is not None:
-        y = y + arrays[operation.bias.path].unsqueeze(-2)
+        y = y + weights.array(operation.bias).unsqueeze(-2)
     if operation.n_heads is not None:
         split = y.view(*y.shape[:2], operation.n_heads, -1)
         return split.transpose(1, 2)  # draws heads positions d_head
     return y
 
 
-def _product(x: Tensor, w: Tensor) -> Tensor:
+def products(weight: Callable[[Weight], Tensor]) -> Product:
+    """The products with the arrays themselves."""
+    return lambda x, linear: multiply(x, weight(linear.weight))
+
+
+def multiply(x: Tensor, w: Tensor) -> Tensor:
     """x W per draw; one plain product when all draws share W."""
     return x @ w[0] if w.shape[0] == 1 else torch.bmm(x, w)
 
 
 @apply.register
-def _(operation: Scores, inputs: list[Tensor], arrays: Weights) -> Tensor:
+def _(operation: Scores, inputs: list[Tensor], weights: Weights) -> Tensor:
     q, k = inputs
     draws, heads, length, d_head = q.shape
     if operation.causal:
@@ -139,12 +157,12 @@ def _(operation: Scores, inputs: list[Tensor], arrays: Weights) -> Tensor:
 
 
 @apply.register
-def _(operation: Softmax, inputs: list[Tensor], arrays: Weights) -> Tensor:
+def _(operation: Softmax, inputs: list[Tensor], weights: Weights) -> Tensor:
     return inputs[0].softmax(-1)
 
 
 @apply.register
-def _(operation: Uniform, inputs: list[Tensor], arrays: Weights) -> Tensor:
+def _(operation: Uniform, inputs: list[Tensor], weights: Weights) -> Tensor:
     draws, heads, length, _ = inputs[0].shape
     ones = torch.ones(length, length, device=inputs[0].device, dtype=inputs[0].dtype)
     rows = ones.tril_() / _counts(inputs[0]) if operation.causal else ones / length
@@ -152,14 +170,14 @@ def _(operation: Uniform, inputs: list[Tensor], arrays: Weights) -> Tensor:
 
 
 @apply.register
-def _(operation: Mix, inputs: list[Tensor], arrays: Weights) -> Tensor:
+def _(operation: Mix, inputs: list[Tensor], weights: Weights) -> Tensor:
     pattern, v = inputs
     z = v.cumsum(-2) / _counts(v) if operation.uniform else pattern @ v
     return z.transpose(1, 2).flatten(2)  # draws positions d_model
 
 
 @apply.register
-def _(operation: Average, inputs: list[Tensor], arrays: Weights) -> Tensor:
+def _(operation: Average, inputs: list[Tensor], weights: Weights) -> Tensor:
     return inputs[0].cumsum(-2) / _counts(inputs[0])
 
 
@@ -169,15 +187,15 @@ def _counts(x: Tensor) -> Tensor:
 
 
 @apply.register
-def _(operation: Activate, inputs: list[Tensor], arrays: Weights) -> Tensor:
+def _(operation: Activate, inputs: list[Tensor], weights: Weights) -> Tensor:
     return ACTIVATIONS[operation.function](inputs[0])
 
 
 @apply.register
-def _(operation: Multiply, inputs: list[Tensor], arrays: Weights) -> Tensor:
+def _(operation: Multiply, inputs: list[Tensor], weights: Weights) -> Tensor:
     return inputs[0] * inputs[1]
 
 
 @apply.register
-def _(operation: Add, inputs: list[Tensor], arrays: Weights) -> Tensor:
+def _(operation: Add, inputs: list[Tensor], weights: Weights) -> Tensor:
     return torch.add(*inputs, alpha=operation.scale)

@@ -8,6 +8,7 @@
 """
 
 from reports.suite import verify
+from reports.sweep import sweep
 from reports.verdicts import Run, Verdict
 
-__all__ = ["Run", "Verdict", "verify"]
+__all__ = ["Run", "Verdict", "sweep", "verify"]

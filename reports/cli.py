@@ -15,22 +15,41 @@ from types import FrameType
 from typing import Annotated, Any
 
 import numpy as np
+import pandas as pd
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 import theory
 from montecarlo import Campaign, Conditions
-from montecarlo.engines import default_workers
+from montecarlo.engines import default_workers, device_of
+from montecarlo.plan import POWER
 from nope.devices import resolve_device
-from reports import grids, plan, suite
+from reports import cells, estimates, grids, plan, suite, tables
+from reports.sweep import sweep as hold_over
 from reports.verdicts import REFUTED, Run, Verdict
 from theory.claims import Claim, select
 
 INTERRUPTED, BAD_USAGE, UNFORESEEN = 130, 2, 70
-REFUSALS = (ValueError, LookupError, OSError, ArithmeticError, MemoryError, RuntimeError)
+REFUSALS = (
+    ValueError,
+    LookupError,
+    OSError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+    ImportError,
+)
 CURVE_ROWS = 8
+REASONS = 3
+"""So many of the commonest reasons are printed."""
 WIDE = 170
 """Columns of a pipe."""
 COLUMNS = {
@@ -115,7 +134,14 @@ def verify(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory to save the run in.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, in-process, or a Dask scheduler: tcp://HOST:PORT.")
+    ] = "local",
+    sampler: Annotated[str, typer.Option(help="real, collapsed, or auto: the faster.")] = "auto",
+    plain: Annotated[bool, typer.Option("--plain", help="No variance reduction.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run; one that was killed goes on.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the JSON.")] = None,
     d_model: Annotated[int, typer.Option()] = 768,
     n_heads: Annotated[
@@ -162,6 +188,9 @@ def verify(
             device=device,
             dtype=dtype,
             workers=workers,
+            engine=engine,
+            sampler=sampler,
+            plain=plain,
             stop=lambda: interrupted.flag,
             progress=progress,
         )
@@ -255,21 +284,28 @@ def _print_dry_run(
     cases = suite.cases_of(claims, tolerance)
     found, total = plan.dry_run(cases, conditions, error_rate, count)
     estimates = {id(estimate.case): estimate for estimate in found}
-    table = _table("claim", "judged at", "band", "expected", "draws", "seconds", "MiB")
+    table = _table("claim", "judged at", "band", "expected", "draws", "sees", "seconds")
     for case in cases:
         place = f"{case.question.observable} at {case.question.place}"
         estimate = estimates.get(id(case))
         if estimate is None or case.region is None:
             table.add_row(case.claim.id, place, "-", f"{case.without}: {case.reason}", "", "", "")
             continue
-        numbers = (f"{estimate.draws:.0f}", f"{estimate.seconds:.1f}", f"{estimate.megabytes:.0f}")
+        numbers = (
+            f"{estimate.draws:.0f}",
+            f"{estimate.detectable:.2g}",
+            f"{estimate.seconds:.1f}",
+        )
         band = f"{case.region.width:.3g}"
         table.add_row(case.claim.id, place, band, case.expected or "-", *numbers)
     console = _console()
     console.print(table)
+    memory = max((estimate.megabytes for estimate in found), default=0.0)
     console.print(
-        f"Estimated from {plan.PILOT_DRAWS} draws or one block each; about {total:.0f} s "
-        f"together on {count} workers (claims on one architecture share draws)."
+        f"Estimated from {plan.PILOT_DRAWS} draws or one block each; about {total:.0f} s and "
+        f"{memory:.0f} MiB together on {count} workers (claims on one architecture share draws). "
+        "By these draws a verdict has fallen, and an error of the size in `sees` been found, "
+        f"{POWER:.0%} of times."
     )
 
 
@@ -301,9 +337,14 @@ def print_run(run: Run, out: Path | None) -> None:
         f"Error rate of the run {info['error_rate']:g}, tolerance {info['tolerance']:g}, seed "
         f"{info['seed']}, {info['device']} {info['dtype']}, {info['seconds']:.0f} s."
         + (" Interrupted." if info["interrupted"] else "")
-        + (" A worker process died: what was known by then is kept." if info["broken"] else ""),
+        + (" Workers died again and again: what was known is kept." if info["broken"] else ""),
         highlight=False,
     )
+    blocks = info["blocks"]
+    if blocks["recalled"]:
+        total = blocks["computed"] + blocks["recalled"]
+        known = f"{blocks['recalled']} of {total} blocks were in the evidence store."
+        console.print(known, highlight=False)
     if out is not None:
         console.print(f"Saved in {out}; nope report {out} writes the report.", highlight=False)
 
@@ -367,6 +408,179 @@ def _worth_showing(verdict: Verdict) -> list[int]:
         if row not in nearest or positions[nearest[row]][1] < column:
             nearest[row] = k
     return list(nearest.values())
+
+
+# ------------------------------------------------------------------------------ sweeps
+
+
+@app.command()
+def sweep(
+    grid: Annotated[
+        Path | None, typer.Argument(help="A TOML file: an axis and its values a line.")
+    ] = None,
+    over: Annotated[
+        str,
+        typer.Option(help="Axes that are not in the file, or instead: d_model=64,std=0.01:1:log9"),
+    ] = "",
+    error_rate: Annotated[float, typer.Option(help="Of the whole table.")] = suite.ERROR_RATE,
+    tolerance: Annotated[float, typer.Option(help="Half-width of a band.")] = suite.TOLERANCE,
+    draws: Annotated[int | None, typer.Option(help="At most per cell.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds to draw; not deterministic. 600 without --draws.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="local, in-process, or a Dask scheduler: tcp://HOST:PORT.")
+    ] = "local",
+    sampler: Annotated[str, typer.Option(help="real, collapsed, or auto: the faster.")] = "auto",
+    inputs: Annotated[int, typer.Option(help="Per draw of the weights.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the table; a sweep that was killed goes on.")
+    ] = None,
+    worst_only: Annotated[bool, typer.Option(help="One row per cell: the worst position.")] = False,
+    list_axes: Annotated[bool, typer.Option("--list", help="List axes and columns.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Count cells, estimate draws and seconds.")] = False,
+) -> None:
+    """Hold the theory against real layers in every cell of a grid; write one table.
+
+    The exit status is that of verify.
+    """
+    if list_axes:
+        _print_axes()
+        return
+    asked = {**(cells.read(grid) if grid else {}), **(grids.split(over) if over else {})}
+    if dry_run:
+        where = device_of(engine, device, dtype)
+        count = workers or default_workers(where)
+        conditions = Conditions(seed, where, dtype, sampler=sampler, inputs=inputs)
+        options: Any = {"tolerance": tolerance, "draws": draws, "conditions": conditions}
+        _print_estimate(estimates.estimate(asked, error_rate, workers=count, **options), count)
+        return
+    if out is None:
+        raise ValueError("expected --out, a directory for the table, got none; name one")
+    _require_writable(out, None)
+    with interruptible() as interrupted, share_bar() as progress:
+        table = hold_over(
+            asked,
+            error_rate,
+            budget,
+            seed,
+            out,
+            tolerance=tolerance,
+            draws=draws,
+            device=device,
+            dtype=dtype,
+            workers=workers,
+            engine=engine,
+            sampler=sampler,
+            inputs=inputs,
+            worst_only=worst_only,
+            stop=lambda: interrupted.flag,
+            progress=progress,
+        )
+    _print_sweep(table, out)
+    raise typer.Exit(INTERRUPTED if interrupted.flag else tables.exit_status(table))
+
+
+@contextmanager
+def share_bar() -> Iterator[Callable[[str, float], None]]:
+    """A bar with the time left at most, on standard error, where someone is looking."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("at most"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def update(words: str, share: float) -> None:
+            bar.update(task, description=words, completed=share)
+
+        yield update
+
+
+def _print_axes() -> None:
+    table = _table("axis", "values", "default", "meaning")
+    for name, axis in cells.AXES.items():
+        default = "" if axis.default is None else str(axis.default)
+        table.add_row(name, ", ".join(axis.known) or "numbers", default, axis.meaning)
+    console = _console()
+    console.print(table)
+    columns = _table("column", "meaning")
+    for name, meaning in tables.COLUMNS.items():
+        columns.add_row(name, meaning)
+    console.print(columns)
+
+
+def _print_estimate(found: estimates.Estimate, workers: int) -> None:
+    print(f"{found.cells:,} cells, {found.groups:,} groups that share draws.")
+    for reason, count in found.impossible.most_common(REASONS):
+        print(f"{count:,} cells cannot be: {reason}")
+    print(
+        f"By {found.sampled} groups: {found.judged:.0%} of the cells would be judged, in about "
+        f"{found.draws:.2g} draws and {found.seconds:.0f} s on {workers} workers, after "
+        f"{found.predicting:.0f} s for the theory."
+    )
+    if found.endless:
+        print(
+            f"{found.endless:.0%} of the cells lie on an edge of their band, where no number of "
+            "draws decides: --draws or --budget ends them, and they are counted up to --draws."
+        )
+
+
+def _print_sweep(found: pd.DataFrame, out: Path) -> None:
+    """Verdicts counted by question and fidelity, the commonest reasons, where the table is."""
+    worst = found[found["worst"]]
+    by = ["observable", "place", "fidelity", "band"]
+    counts = worst.groupby([*by, "verdict"], observed=True).size().unstack(fill_value=0)
+    shown = _table(*by, *map(str, counts.columns))
+    for key, row in counts.iterrows():
+        shown.add_row(*map(str, key), *map(str, row))  # type: ignore[call-overload]
+    console = _console()
+    console.print(shown)
+    reasons = worst["reason"].astype(str)
+    failed = reasons[(worst["verdict"] != "UNINFORMATIVE") & (reasons != "")]
+    for reason, count in failed.value_counts().head(REASONS).items():
+        console.print(f"{count} cells: {reason}", highlight=False)
+    info = found.attrs
+    blocks = info["blocks"]
+    console.print(
+        f"{len(worst):,} cells in {info['seconds']:.0f} s; error rate of the table "
+        f"{info['error_rate']:g}, tolerance {info['tolerance']:g}, seed {info['seed']}, "
+        f"{info['device']} {info['dtype']}; {blocks['recalled']:,} of "
+        f"{blocks['computed'] + blocks['recalled']:,} blocks were in the evidence store."
+        + (" Interrupted." if info["interrupted"] else "")
+        + (" Workers died again and again: what was known is kept." if info["broken"] else ""),
+        highlight=False,
+    )
+    console.print(f"Saved in {out / tables.FILE}; nope phase {out} draws it.", highlight=False)
+
+
+@app.command()
+def phase(
+    table: Annotated[Path, typer.Argument(help="What nope sweep --out made.")],
+    x: Annotated[str, typer.Option(help="The axis to the right.")],
+    y: Annotated[str, typer.Option(help="The axis upwards.")],
+    show: Annotated[str, typer.Option(help="verdict or error.")] = "verdict",
+    where: Annotated[str, typer.Option(help="Only these cells: fidelity=uniform,n_ctx=8,16")] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="A file .svg, .png or .pdf; phase.svg beside the table.")
+    ] = None,
+) -> None:
+    """Draw the phase diagram of a sweep."""
+    from reports import phase as diagrams
+
+    figure = diagrams.phase(tables.load(table), x, y, show, where)
+    folder = table if table.is_dir() else table.parent
+    print(diagrams.write(figure, out or folder / "phase.svg"))
 
 
 # ---------------------------------------------------------------------------- formulas

@@ -10,9 +10,9 @@ import platform
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,20 @@ from typing import Any
 import numpy as np
 import sympy as sp
 
-from montecarlo import Campaign, Conditions, Decision, Target
-from montecarlo.engines import default_workers
-from nope.devices import resolve_device
+from montecarlo import Campaign, Conditions, Decision, Target, exponent
+from montecarlo.engines import default_workers, device_of, is_cluster
+from montecarlo.estimators import Integrated, best
+from montecarlo.plan import detectable, more_draws, require_memory
+from montecarlo.sampler import Group
+from montecarlo.store import opened
+from nope.checks import expect
 from nope.questions import Question
 from reports.verdicts import NOT_APPLICABLE, UNDECIDED, UNINFORMATIVE, Run, Verdict
 from theory.claims import UNINFORMATIVE_BAND, Claim
 from theory.claims import claims as all_claims
 from theory.derivation import derive
 from theory.formula import Formula
-from theory.relations import Region, scale_of
+from theory.relations import Rate, Region
 
 ERROR_RATE = 1e-3
 TOLERANCE = 0.025
@@ -78,13 +82,44 @@ def cases_of(claims: Iterable[Claim], tolerance: float) -> list[Case]:
     return [Case.of(claim, question, tolerance) for claim in claims for question in claim.asked]
 
 
-def targets_of(cases: Sequence[Case], error_rate: float) -> list[Target]:
-    """Targets for the cases that are judged, each with its share of the run's error rate."""
+def targets_of(cases: Sequence[Case], error_rate: float, plain: bool = True) -> list[Target]:
+    """Targets for the cases that are judged, each with its share of the run's error rate.
+
+    Unless `plain`, a claim is measured by an estimator that spends what the claim assumes.
+    """
     if not 0 < error_rate < 1:
         raise ValueError(f"expected error_rate between 0 and 1, got {error_rate}; change it")
-    regions = [case.region for case in cases if case.region is not None]
-    share = error_rate / 2 / max(1, len(regions))
-    return [Target(region.statistic, region.low, region.high, share, share) for region in regions]
+    judged = [(case.claim, case.region) for case in cases if case.region is not None]
+    share = error_rate / 2 / max(1, len(judged))
+    return [
+        Target(
+            region.statistic,
+            region.low,
+            region.high,
+            share,
+            share,
+            integrated=None if plain else estimator_of(claim, region.statistic),
+        )
+        for claim, region in judged
+    ]
+
+
+def estimator_of(claim: Claim, question: Question) -> Integrated | None:
+    """The estimator with the least variance that spends only what a claim assumes.
+
+    None is the plain one.  Raises `ValueError` where a claim assumes what it asserts.
+    """
+    found = best(question, claim.assumes)
+    if found is not None:
+        require_independent(claim, found)
+    return found
+
+
+def require_independent(claim: Claim, estimator: Integrated) -> None:
+    """Refuse to measure a claim by an estimator that takes for granted what is claimed."""
+    overlap = sorted(set(claim.asserts).intersection(estimator.spent))
+    got = f"one that spends {overlap}, which it asserts"
+    expect(not overlap, f"an independent estimator of {claim.id}", got, "measure it plain")
 
 
 def _chosen(claims: Claim | Iterable[Claim] | None) -> tuple[Claim, ...]:
@@ -113,6 +148,10 @@ def verify(
     device: str = "auto",
     dtype: str = "float32",
     workers: int | None = None,
+    engine: str = "local",
+    sampler: str = "auto",
+    plain: bool = False,
+    inputs: int = 1,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[Campaign], None] = lambda campaign: None,
 ) -> Run:
@@ -123,25 +162,37 @@ def verify(
     budget:     seconds to spend; 600 unless `draws` is given
     draws:      draws per question at most, rounded up to whole blocks
     tolerance:  half-width of a band before its remainder, for claims without one of their own
-    out:        directory to save the run in
+    out:        directory to save the run and its evidence in; evidence it holds is used again
+    sampler:    real, collapsed, or auto for what is faster (`montecarlo.collapsed`)
+    plain:      no estimator with less variance, though a claim assumes what one spends
+    inputs:     inputs per draw of the weights
+    engine:     where blocks are computed, and by how many `workers`: see `montecarlo.engines`
 
-    The evidence behind a decided verdict is the same bits for any `workers` and `budget`.
-    Raises `ValueError` for arguments or predictions that cannot be.
+    The evidence behind a decided verdict is the same bits for any `engine`, `workers` and
+    `budget`, and for a run that was killed and called again.  Raises `ValueError` for arguments
+    or predictions that cannot be and bands lost in rounding, `OSError` for an evidence store
+    that cannot be used, `MemoryError` where a block does not fit.
     """
     begin = time.perf_counter()
     chosen = _chosen(claims)
     cases = cases_of(chosen, tolerance)
-    conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
+    conditions = Conditions(
+        seed, device_of(engine, device, dtype), dtype, sampler=sampler, inputs=inputs
+    )
     if budget is None and draws is None:
         budget = BUDGET
-    campaign = Campaign(targets_of(cases, error_rate), conditions, draws, budget, stop, progress)
-    count = default_workers(conditions.device) if workers is None else workers
-    decisions = iter(campaign.run(count))
+    targets = targets_of(cases, error_rate, plain)
+    _require_possible(targets, conditions, engine, workers)
+    judged = [case for case in cases if case.region is not None]
+    with opened(out) as store:
+        campaign = Campaign(targets, conditions, draws, budget, stop, progress, store)
+        decisions = dict(zip(judged, campaign.run(workers, engine=engine), strict=True))
     ended = "interrupted" if stop() else "a worker died" if campaign.broken else "stopped"
     verdicts = tuple(
-        _judged(case, case.region, next(decisions), ended) if case.region else _not_judged(case)
+        _judged(case, case.region, decisions[case], ended) if case.region else _not_judged(case)
         for case in cases
     )
+    verdicts = _with_exponents(verdicts, decisions)
     options = {
         "error_rate": error_rate,
         "tolerance": tolerance,
@@ -150,11 +201,15 @@ def verify(
         "seed": seed,
         "device": conditions.device,
         "dtype": dtype,
+        "sampler": sampler,
+        "plain": plain,
+        "inputs": inputs,
     }
     info = {
         **options,
         "interrupted": stop(),
         "broken": campaign.broken,
+        "blocks": {"computed": campaign.computed, "recalled": store.recalled if store else 0},
         "seconds": time.perf_counter() - begin,
         "versions": versions(),
         "commit": commit(),
@@ -164,6 +219,17 @@ def verify(
     if out is not None:
         run.save(out)
     return run
+
+
+def _require_possible(
+    targets: Sequence[Target], conditions: Conditions, engine: str, workers: int | None
+) -> None:
+    """Refuse before the work what no number of draws reaches, and what does not fit."""
+    for target in targets:
+        target.require_reachable(conditions.dtype)
+    if not is_cluster(engine):
+        groups = dict.fromkeys(Group.of(target.question, conditions) for target in targets)
+        require_memory(groups, conditions, workers or default_workers(conditions.device))
 
 
 # ------------------------------------------------------------------------ one verdict
@@ -269,13 +335,7 @@ def _detectable(region: Region, decision: Decision) -> float | None:
     """The smallest error common to all positions, over their scale, that would be refuted."""
     if decision.measurement is None:
         return None
-    judged = region.statistic.judged
-    half = decision.target.simultaneous(decision.measurement)[judged]
-    band = (region.high - region.low)[judged] / 2
-    scale = scale_of(region.statistic, region.prediction)[judged]
-    total = half + np.where(np.isfinite(band), band, 0.0)
-    relative = np.divide(total, scale, out=np.full(total.shape, np.inf), where=scale > 0)
-    return float(relative.min(initial=np.inf))
+    return detectable(decision.target, decision.measurement, region.prediction)
 
 
 def _words(
@@ -303,8 +363,60 @@ def _words(
         )
     return (
         f"{claim.statement} UNDECIDED: {ended} after {draws} with {found} {where}, predicted "
-        f"{worst['prediction']:.4g}; more draws would decide whether it is {rule}."
+        f"{worst['prediction']:.4g}; {_more(decision)} would decide whether it is {rule}."
     )
+
+
+def _more(decision: Decision) -> str:
+    """How many more draws a verdict takes if the claim may still hold, in words."""
+    assert decision.measurement is not None
+    more = more_draws(decision.target, decision.measurement)
+    return f"about {more:.2g} more draws" if np.isfinite(more) else "no number of draws"
+
+
+def _with_exponents(
+    verdicts: Sequence[Verdict], decisions: Mapping[Case, Decision]
+) -> tuple[Verdict, ...]:
+    """The verdicts, those on a rate with the interval that all widths together give it."""
+    found: dict[str, tuple[float, float]] = {}
+    for claim in {case.claim.id: case.claim for case in decisions}.values():
+        if isinstance(claim.relation, Rate):
+            ends = _exponent(
+                claim.relation, [(c, d) for c, d in decisions.items() if c.claim.id == claim.id]
+            )
+            found |= {} if ends is None else {claim.id: ends}
+    return tuple(
+        _with_exponent(verdict, *found[verdict.claim])
+        if verdict.positions and verdict.claim in found
+        else verdict
+        for verdict in verdicts
+    )
+
+
+def _with_exponent(verdict: Verdict, low: float, high: float) -> Verdict:
+    words = f"The exponent of the rate lies in [{low:.3g}, {high:.3g}]."
+    if low > high:
+        words = "No power of d fits the gaps."
+    return replace(verdict, exponent={"low": low, "high": high}, words=f"{verdict.words} {words}")
+
+
+def _exponent(
+    relation: Rate, judged: Sequence[tuple[Case, Decision]]
+) -> tuple[float, float] | None:
+    """The ends of the interval for a rate's exponent, one for all positions; None if unmeasured.
+
+    The intervals behind it are the simultaneous ones of the verdicts, so it costs no error rate.
+    """
+    ordered = sorted(judged, key=lambda pair: int(pair[0].question.architecture.d_model))
+    widths = [int(case.question.architecture.d_model) for case, _ in ordered]
+    measured = [decision.measurement for _, decision in ordered if decision.measurement]
+    if not len(measured) == len(widths) == len(set(widths)) >= 2:
+        return None
+    limits = [relation.limit(case.question) for case, _ in ordered]
+    each = min(decision.target.refute_error / decision.target.entries for _, decision in ordered)
+    low, high = exponent(widths, measured, limits, each * len(widths))
+    entries = ordered[0][1].target.judged
+    return float(low[entries].max()), float(high[entries].min())
 
 
 def position_name(position: Any, observable: str) -> str:

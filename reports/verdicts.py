@@ -37,8 +37,9 @@ class Verdict:
     CONFIRMED each position's own, else the simultaneous one), `simultaneous` and `band` (a `low`
     and a `high` each) run over `positions`.  `worst` names the position furthest out and what was
     found there.  `detectable` is the smallest error of the prediction, as a fraction of its
-    scale, that these draws would have refuted everywhere.  `error_rate` is this verdict's
-    share of the run's.
+    scale, that so many draws refute with a chance of 90%.  `error_rate` is this verdict's
+    share of the run's.  `exponent` is the interval (`low`, `high`) of a rate's exponent, from
+    all widths of the claim; its ends are crossed where no power fits.
     """
 
     claim: str
@@ -65,6 +66,7 @@ class Verdict:
     reason: str = ""
     remark: str = ""
     relation: str = "equals"
+    exponent: dict[str, float | None] | None = None
     formula: str | None = None
     derivation: list[dict[str, str]] = field(default_factory=list)
 

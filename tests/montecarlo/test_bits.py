@@ -12,6 +12,7 @@ from montecarlo import measure
 from montecarlo.campaign import Campaign
 from montecarlo.evidence import Target
 from montecarlo.sampler import Conditions, Group, sample
+from montecarlo.store import Store
 from nope.streams import TorchSource
 
 INIT = nope.init.normal(0.3)
@@ -43,10 +44,10 @@ def everywhere(question):
     return Target(question, -bound, bound, 0.5, 0.5)
 
 
-def evidence(questions, workers=1, in_flight=None, draws=DRAWS, conditions=None):
+def evidence(questions, workers=1, in_flight=None, draws=DRAWS, conditions=None, store=None):
     """The moments of every question after `draws` draws."""
     targets = [everywhere(question) for question in questions]
-    campaign = Campaign(targets, conditions or Conditions(), draws)
+    campaign = Campaign(targets, conditions or Conditions(), draws, store=store)
     return [decision.measurement.moments for decision in campaign.run(workers, in_flight)]
 
 
@@ -81,6 +82,15 @@ def test_a_place_alone_or_with_others(alone, in_flight):
 def test_two_workers(alone, in_flight):
     """Worker processes that finish in any order leave the same bits."""
     assert_same_bits(evidence(ASKED, 2, in_flight), alone)
+
+
+@pytest.mark.parametrize(("workers", "in_flight"), [(1, 1), (1, 8), (2, 4)])
+def test_some_blocks_from_a_store(alone, tmp_path, workers, in_flight):
+    """Whether a block was kept, for all its questions or some, or is computed: the same bits."""
+    with Store(tmp_path) as store:
+        evidence(ASKED[::2], draws=2 * 2048, store=store)
+        assert_same_bits(evidence(ASKED, workers, in_flight, store=store), alone)
+        assert store.recalled == 2 * len(ASKED[::2])
 
 
 def test_the_order_of_questions(alone):

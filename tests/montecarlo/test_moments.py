@@ -141,3 +141,17 @@ def test_float32_draws_are_accumulated_in_float64():
     variance, _ = Moments.of(draws).along(np.ones((1, 1)))
     expected = draws.astype(np.float64).var(ddof=1)
     assert variance[0] == pytest.approx(expected, rel=ROUNDING * 1000**2)
+
+
+@given(samples(), st.integers(2, 10**6))
+def test_scaled_moments_keep_the_spread_and_the_skewness(draws, count):
+    """As if the same draws had been seen again and again, up to the n - 1 of the variance."""
+    found = Moments.of(draws)
+    scaled = found.scaled(count)
+    assert scaled.count == count
+    assert np.array_equal(scaled.mean, found.mean)
+    again = found.merge(found)
+    twice = found.scaled(2 * len(draws))
+    for one, other in ((again.second, twice.second), (again.third, twice.third)):
+        largest = np.abs(draws).max() + 1
+        assert np.abs(one - other).max() <= ROUNDING * len(draws) * largest**3

@@ -249,3 +249,36 @@ def test_dry_run_estimates_are_of_the_right_size():
     for estimate, verdict in zip(estimates, run, strict=True):
         assert verdict.draws / 8 < estimate.draws < verdict.draws * 8
         assert estimate.megabytes > 0
+
+
+def test_a_rate_comes_with_its_exponent():
+    """Both widths of the claim say the same interval, and it holds the exponent claimed."""
+    (claim,) = select(theory.claims(**SMALL), ("ours.rate.cosine",))
+    run = reports.verify(claim, seed=4, workers=1, tolerance=0.025)
+    assert len(run.verdicts) == 2
+    for verdict in run:
+        assert verdict.exponent == run.verdicts[0].exponent
+        assert 0.7 < verdict.exponent["low"] < claim.relation.power < verdict.exponent["high"] < 1.3
+        assert "exponent of the rate lies in" in verdict.words
+
+
+def test_undecided_says_how_many_more_draws():
+    """Within a factor of 3 of what the verdict then takes."""
+    claim = a_claim(theory.predict)
+    (first,) = reports.verify(claim, workers=1, draws=1024, tolerance=0.01)
+    assert first.verdict == "UNDECIDED"
+    assert first.exponent is None
+    more = float(first.words.split("about ")[-1].split(" more draws")[0])
+    (second,) = reports.verify(claim, workers=1, tolerance=0.01)
+    assert 1 / 3 < (first.draws + more) / second.draws < 3
+
+
+def test_what_cannot_be_measured_is_refused_before_the_work():
+    """A tolerance within float32's rounding, and a block that no machine holds."""
+    with pytest.raises(ValueError, match=r"rounding of float32.*use float64"):
+        reports.verify(a_claim(theory.predict), workers=1, tolerance=1e-8)
+    setting = theory.Setting(d_model=2**24, n_heads=1, n_ctx=2)
+    question = setting.question("blocks.0.attn.q", "second_moment")
+    huge = theory.Claim("user.huge", "Huge.", "a test", "exact", question, 1.0)
+    with pytest.raises(MemoryError, match="expected blocks that fit"):
+        reports.verify(huge, workers=1, sampler="real")

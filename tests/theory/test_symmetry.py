@@ -284,8 +284,9 @@ def test_a_run_ends_as_expected(dtype):
 
 
 def test_a_dry_run_knows_what_a_symmetry_takes():
-    """log(2/error rate)/tolerance draws without an exception; the first look for a refutation."""
+    """log(2/error rate)/tolerance draws without an exception, up to 1.3 times that; the first look
+    for a refutation."""
     cases = suite.cases_of([claim(question) for question in CLAIMS["past_permutation"]], 0.01)
     for case, needed in zip(cases, (math.log(2 / 1e-3) / 0.01, FIRST_LOOK), strict=True):
         ((estimate,), _) = plan.dry_run([case], Conditions(), 1e-3, workers=1)
-        assert math.isclose(estimate.draws, needed)
+        assert needed <= estimate.draws <= 1.3 * needed

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from nope.facts import gain
 from nope.questions import Question, Weights, coordinate_grid, given_weights
 from theory.bindings import bindings
 from theory.claims import Claim, Setting, best_theory
@@ -21,6 +22,9 @@ from theory.predict import Prediction, position_arrays
 PAPER = "Chi et al. 2023 (arXiv 2305.13571)"
 TRANSCRIBED = "as transcribed from secondary sources"
 ATTENTION = "blocks.0.attn"
+GAINS = (gain("value"), gain("output"))
+"""What Lemma 3 says of two maps: asserted where attention is uniform, which leaves nothing else to
+say but 1/m, and assumed where Lemma 3 is taken at its word for softmax."""
 
 COORDINATE_BAND = 0.05
 """Lemma 4's tolerance.  It speaks of single coordinates, whose variance over inputs takes about
@@ -60,7 +64,7 @@ def _step_by_step(setting: Setting) -> Iterator[Claim]:
         formula("attention.qkv_second_moment"),
         expected=best_theory,
         assumes=("iid zero-mean weights",),
-        asserts=("variance of q, k, v",),
+        asserts=("variance of q, k, v", *(gain(role) for role in ("query", "key", "value"))),
     )
     logits = setting.question(f"{ATTENTION}.scores", "mean_second_moment")
     yield Claim(
@@ -111,7 +115,7 @@ def _outputs(setting: Setting) -> Iterator[Claim]:
         output,
         expected=best_theory,
         assumes=("uniform attention",),
-        asserts=("variance of attn_out",),
+        asserts=("variance of attn_out", *GAINS),
     )
     yield Claim(
         "chi2023.lemma3.softmax",
@@ -121,6 +125,7 @@ def _outputs(setting: Setting) -> Iterator[Claim]:
         setting.question("blocks.0.attn_out", "second_moment"),
         replace(output, status=Status.PRINTED),
         expected=best_theory,
+        assumes=GAINS,
         asserts=("variance of attn_out",),
         remark=spread,
     )
@@ -133,7 +138,7 @@ def _outputs(setting: Setting) -> Iterator[Claim]:
         formula("attention.uniform_covariance"),
         expected=best_theory,
         assumes=("uniform attention",),
-        asserts=("covariance of attn_out",),
+        asserts=("covariance of attn_out", *GAINS),
     )
     yield Claim(
         "chi2023.residual",
@@ -144,7 +149,7 @@ def _outputs(setting: Setting) -> Iterator[Claim]:
         residual,
         expected=best_theory,
         assumes=("uniform attention",),
-        asserts=("variance of resid_mid",),
+        asserts=("variance of resid_mid", *GAINS),
     )
     yield Claim(
         "chi2023.residual.softmax",
@@ -154,6 +159,7 @@ def _outputs(setting: Setting) -> Iterator[Claim]:
         setting.question("blocks.0.resid_mid", "second_moment"),
         replace(residual, status=Status.PRINTED),
         expected=best_theory,
+        assumes=GAINS,
         asserts=("variance of resid_mid",),
         remark=f"{spread} Wide streams (sigma_x^2 >> d^2 sigma^4) hide both.",
     )

@@ -1,0 +1,249 @@
+"""Engines: the same bits from each, and a worker that dies costs time only."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import distributed
+import numpy as np
+import psutil
+import pytest
+import torch
+from distributed import LocalCluster
+
+import nope
+from montecarlo import Campaign, Conditions, Target, campaign, decide, engines, measure
+from montecarlo.provenance import Origin
+from montecarlo.sampler import Group
+
+INIT = nope.init.normal(0.3)
+PLACES = (("blocks.0.attn.q", "second_moment"), ("ln_final", "kernel_cosine"))
+ASKED = [nope.Question(nope.decoder(8, 2, n_ctx=8), INIT, *place) for place in PLACES]
+BLOCKS = 24
+DRAWS = BLOCKS * Group.of(ASKED[0]).block_size
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A real scheduler and two workers of one thread, each with a claim to be a GPU."""
+    with LocalCluster(
+        n_workers=2,
+        threads_per_worker=1,
+        processes=True,
+        dashboard_address=":0",
+        silence_logs=logging.CRITICAL,
+        resources={"GPU": 1},
+    ) as found:
+        yield found
+
+
+def asked(**options):
+    bounds = [np.full(question.shape, np.inf) for question in ASKED]
+    targets = [Target(q, -b, b, 0.5, 0.5) for q, b in zip(ASKED, bounds, strict=True)]
+    return Campaign(targets, Conditions(), DRAWS, **options)
+
+
+def bits(decisions):
+    """The evidence of some questions, as bytes."""
+    found = [decision.measurement.moments for decision in decisions]
+    assert all(moments.count == DRAWS for moments in found)
+    return [(m.mean.tobytes(), m.second.tobytes(), m.third.tobytes()) for m in found]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return bits(asked().run(engine="in-process"))
+
+
+def local_workers():
+    """The worker processes that loky has started for this one."""
+    children = psutil.Process().children()
+    return [child.pid for child in children if "popen_loky" in " ".join(child.cmdline())]
+
+
+def killing(victims):
+    """A `progress` that kills a worker once some blocks are merged, and notes after how many."""
+    killed = []
+
+    def progress(run):
+        merged = run.streams[0].merged
+        for pid in victims()[:1] if merged >= BLOCKS // 4 and not killed else ():
+            os.kill(pid, signal.SIGKILL)
+            killed.append(merged)
+
+    progress.killed = killed
+    return progress
+
+
+def test_a_killed_local_worker_costs_time_only(expected):
+    """One of two is killed in the middle: new ones go on, to the same bits."""
+    progress = killing(local_workers)
+    run = asked(progress=progress)
+    assert bits(run.run(2, engine="local")) == expected
+    assert 0 < progress.killed[0] < BLOCKS
+    assert not run.broken
+    assert not local_workers()
+
+
+def test_workers_that_cannot_live_are_not_started_for_ever(monkeypatch):
+    """After some restarts without a block in between the run ends, with what is known."""
+    starts, local = [], engines.local
+
+    def counted(workers):
+        starts.append(workers)
+        return local(workers)
+
+    monkeypatch.setattr(engines, "local", counted)
+    monkeypatch.setattr(engines, "_end_with", os._exit)
+    run = asked()
+    assert [decision.verdict for decision in run.run(2)] == ["UNDECIDED", "UNDECIDED"]
+    assert run.broken
+    assert len(starts) == 1 + engines.RESTARTS
+
+
+def test_a_cluster_gives_the_same_bits_and_survives_a_worker(cluster, expected):
+    """One of the two workers is killed at work; Dask computes its blocks again."""
+
+    def busy():
+        at_work = {worker.address for worker in cluster.scheduler.running if worker.processing}
+        return [n.pid for n in cluster.workers.values() if n.worker_address in at_work]
+
+    progress = killing(busy)
+    run = asked(progress=progress)
+    assert bits(run.run(None, engine=cluster.scheduler_address)) == expected
+    assert 0 < progress.killed[0] < BLOCKS
+    assert not run.broken
+
+
+def test_measure_and_decide_take_an_engine(cluster):
+    """Where blocks are computed is an option of every entry point."""
+    here = measure(ASKED[0], 2048)
+    there = measure(ASKED[0], 2048, engine=cluster.scheduler_address, workers=None)
+    assert np.array_equal(here.mean, there.mean)
+    found = decide(ASKED[0], 0.0, 10.0, engine=cluster.scheduler_address, workers=2)
+    assert found.verdict == "CONFIRMED"
+
+
+def test_gpu_blocks_ask_for_a_gpu_each(cluster, monkeypatch):
+    """A CUDA device is one `GPU` of a worker; what is no CUDA device asks for nothing."""
+    noted, get = [], distributed.Client.get_executor
+
+    def noting(client, **options):
+        noted.append(options["resources"])
+        return get(client, **options)
+
+    monkeypatch.setattr(distributed.Client, "get_executor", noting)
+    for device in ("cpu", "cuda"):
+        with engines.cluster(cluster.scheduler_address, None, device) as running:
+            assert running.room == 4
+            assert running.executor.submit(os.getpid).result() != os.getpid()
+    assert noted == [None, {"GPU": 1}]
+
+
+def test_a_clusters_devices_are_its_own():
+    """This machine need not have them; its own are checked here."""
+    assert engines.device_of("tcp://host:1", "cuda:7", "float32") == "cuda:7"
+    with pytest.raises(ValueError, match="expected device cuda:7 to be there"):
+        engines.device_of("local", "cuda:7", "float32")
+
+
+def test_workers_of_another_kind_are_refused():
+    """Their bits would be others: another code, build or processor."""
+    (question, _), here = ASKED, Origin.here("cpu")
+    for change in ({"sources": "old"}, {"build": "torch 1"}, {"device": "cpu ENIAC"}):
+        with pytest.raises(ValueError, match="expected workers of one kind"):
+            campaign._timed_block(
+                Group.of(question), [question], 0, Conditions(), replace(here, **change)
+            )
+
+
+@dataclass(frozen=True)
+class Noting:
+    """Normal weights, noting how many blocks are drawn at once, and on how many torch threads."""
+
+    noted: ClassVar[list] = []
+    now: ClassVar[list] = []
+
+    def law(self, weight, architecture):
+        return self
+
+    def draw(self, source, shape):
+        self.now.append(None)
+        time.sleep(0.01)
+        self.noted.append((len(self.now), torch.get_num_threads()))
+        self.now.pop()
+        return source.normal(shape, 1.0)
+
+
+def test_threads_of_one_worker_take_turns():
+    """The settings of one block are not put back by another, so each keeps to one thread."""
+    question = replace(ASKED[0], init=Noting())
+    group = Group.of(question)
+    task = (group, [question])
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(3) as executor:
+            here = Origin.here("cpu")
+            sent = [
+                executor.submit(campaign._timed_block, *task, k, Conditions(), here)
+                for k in range(6)
+            ]
+            assert all(future.result()[0] for future in sent)
+    finally:
+        torch.set_num_threads(1)
+    assert len(Noting.noted) == 6 * group.block_size // group.chunk_size()  # a draw per chunk
+    assert set(Noting.noted) == {(1, 1)}
+
+
+# ------------------------------------------------------------------------------ refused
+
+
+@pytest.mark.parametrize(
+    ("name", "workers", "said"),
+    [
+        ("slurm", None, "expected an engine: local, in-process or tcp://HOST:PORT, got 'slurm'"),
+        ("in-process", 2, "expected in-process with 1 worker, got 2"),
+        ("local", 0, "expected at least 1 worker, got 0"),
+        ("tcp://127.0.0.1:1", 0, "expected at least 1 worker, got 0"),
+    ],
+)
+def test_engines_that_cannot_be_are_refused(name, workers, said):
+    """In one line, before anything is started."""
+    with pytest.raises(ValueError, match=said):
+        asked().run(workers, engine=name)
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "carrier-pigeon://loft:1"])
+def test_a_scheduler_that_is_not_there_is_named(address, monkeypatch):
+    """Also where a loop runs already, as in a notebook; and nothing lingers."""
+    monkeypatch.setattr(engines, "CONNECT_SECONDS", 0.3)
+
+    async def notebook():
+        asked().run(engine=address)
+
+    with pytest.raises(OSError, match=f"expected a Dask scheduler at {address}, got .*; start it"):
+        asyncio.run(notebook())
+
+
+def test_a_cluster_without_workers_is_named(monkeypatch):
+    """Unless it is told how many to count on; then they are waited for while there is time."""
+    monkeypatch.setattr(engines, "WORKER_SECONDS", 0.2)
+    options = {"dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+    with LocalCluster(n_workers=0, **options) as empty:
+        with pytest.raises(OSError, match=r"expected a worker at tcp.*, got none"):
+            asked().run(None, engine=empty.scheduler_address)
+        found = asked(budget=0.1).run(2, engine=empty.scheduler_address)
+        assert [decision.measurement for decision in found] == [None, None]
+
+
+def test_a_cluster_without_dask_says_what_to_install(monkeypatch):
+    """The extra is optional, and only a cluster needs it."""
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(ImportError, match=r"pip install 'nope-theory\[cluster\]'"):
+        asked().run(engine="tcp://127.0.0.1:1")
