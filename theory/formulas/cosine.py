@@ -48,26 +48,6 @@ def gaussian_pair_expansion(order: int = 1) -> sp.Expr:
     return (rho * sp.factor(expansion)).subs(x, 1 / d)
 
 
-def leading_bias(correlation: np.ndarray, width: float) -> np.ndarray:
-    """rho - E cos to first order, rho (1 - rho^2)/(2 width); width = d over the random maps."""
-    return np.asarray(_compiled_bias()(correlation, width))
-
-
-def expansion_bound(correlation: np.ndarray, width: float) -> np.ndarray:
-    """A bound on what E cos has beyond the first order in 1/width."""
-    return np.asarray(_compiled_expansion_remainder()(correlation, width))
-
-
-@cache
-def _compiled_bias() -> Callable[..., Any]:
-    return compile_number_form(sp.factor(rho - gaussian_pair_expansion()), (rho, d))
-
-
-@cache
-def _compiled_expansion_remainder() -> Callable[..., Any]:
-    return compile_number_form(expansion_remainder(), (rho, d))
-
-
 def expansion_remainder() -> sp.Expr:
     """|rho| (1 - rho^2) (1 + 4/d)/d^2.
 

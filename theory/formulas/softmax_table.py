@@ -26,6 +26,8 @@ from theory.formulas.softmax import (
 
 DEGREES = (16, 32, 64, 128, 256)
 """Chebyshev degrees that a table tries."""
+EVERY_POSITION = 48
+"""Up to this many positions each has integrals of its own."""
 RESTRICTED = 6
 """The degree on an interval that is a part of a table's, where a kernel's pairs are."""
 DROPPED = 1e-11
@@ -42,7 +44,7 @@ def _logarithms(
     interpolated first, up to s_max^2 u for the largest node u of the mixture: a few dozen
     temperatures serve all nodes.
     """
-    positions = np.arange(1.0, m_max + 1)
+    positions, everywhere = _positions(m_max)
     u, weights = logits.scales()
     top = s_max**2 * u.max()
 
@@ -57,7 +59,28 @@ def _logarithms(
         basis = chebyshev.chebvander(_scaled(variance * u, top), len(at_one_query) - 1)
         return np.asarray(weights @ np.exp(basis @ at_one_query))
 
-    return _interpolate(lambda x: np.log([mean(each) for each in _variance(x, s_max**2)]))
+    found = _interpolate(lambda x: np.log([mean(each) for each in _variance(x, s_max**2)]))
+    return found if everywhere is None else found @ everywhere
+
+
+def _positions(m_max: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Where a table is integrated, and what makes the values at m = 1 .. m_max of those there.
+
+    The integrals hold at any real m and are smooth in ln m, so beyond `EVERY_POSITION` a Chebyshev
+    series in it, from m = 2 on, stands for all: at m = 1 all weights are certain and the logarithm
+    is 0.
+    """
+    if m_max <= EVERY_POSITION:
+        return np.arange(1.0, m_max + 1), None
+    low, high = np.log(2.0), np.log(m_max)
+    nodes = chebyshev.chebpts1(EVERY_POSITION)
+    basis = chebyshev.chebvander(nodes, EVERY_POSITION - 1)
+    inverse = 2 / EVERY_POSITION * basis.T
+    inverse[0] /= 2
+    x = 2 * (np.log(np.arange(2, m_max + 1)) - low) / (high - low) - 1
+    series = chebyshev.chebvander(x, EVERY_POSITION - 1) @ inverse
+    at_one = np.zeros((EVERY_POSITION, 1))
+    return np.exp((nodes + 1) / 2 * (high - low) + low), np.hstack([at_one, series.T])
 
 
 def _scaled(variance: Any, top: float) -> Any:
