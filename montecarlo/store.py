@@ -79,7 +79,11 @@ class Store:
         self.recalled = self.added = 0
         self._waiting: list[tuple[Series, int, Moments]] = []
         self._committed = -math.inf
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except PermissionError as error:
+            remedy = "make it writable, or name another directory"
+            raise self._refusal("to open", str(error), remedy) from error
         with self._refused("to open"):
             self._file = sqlite3.connect(self.path, BUSY_SECONDS, isolation_level=None)
         try:

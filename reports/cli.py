@@ -139,6 +139,9 @@ def verify(
     ] = "local",
     sampler: Annotated[str, typer.Option(help="real, collapsed, or auto: the faster.")] = "auto",
     plain: Annotated[bool, typer.Option("--plain", help="No variance reduction.")] = False,
+    inputs: Annotated[
+        int, typer.Option(help="Inputs per draw of the weights, where a question allows several.")
+    ] = 1,
     out: Annotated[
         Path | None, typer.Option(help="Directory of the run; one that was killed goes on.")
     ] = None,
@@ -191,6 +194,7 @@ def verify(
             engine=engine,
             sampler=sampler,
             plain=plain,
+            inputs=inputs,
             stop=lambda: interrupted.flag,
             progress=progress,
         )

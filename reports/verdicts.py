@@ -210,8 +210,11 @@ class Run:
             )
         words = ["nope", "verify", *arguments["claims"]]
         for name, value in arguments["options"].items():
-            if value is not None:
-                words += [f"--{name.replace('_', '-')}", str(value)]
+            flag = f"--{name.replace('_', '-')}"
+            if value is True:
+                words += [flag]
+            elif value is not None and value is not False:
+                words += [flag, str(value)]
         return shlex.join(words)
 
 

@@ -447,7 +447,7 @@ def test_other_refusals():
 def test_the_command_shows_the_ranges_and_the_boundary():
     """A row per point of the other symbols; what was compared; where it ends."""
     words = ["formula", "validity", "attention.floor", "--over", "s=1,d=64,m=1000:100000:99000"]
-    done = CliRunner().invoke(app, [*words, "--tolerance", "0.2"], env={"COLUMNS": "150"})
+    done = CliRunner().invoke(app, [*words, "--tolerance", "0.1"], env={"COLUMNS": "150"})
     assert done.exit_code == 0, done.output
     assert "m = 100000" in done.stdout
     assert "against attention.output_second_moment_finite_head" in done.stdout
