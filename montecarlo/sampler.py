@@ -325,8 +325,10 @@ class _Tally:
     @property
     def found(self) -> Moments | FloatingPointError:
         self._merge()
-        assert self.moments is not None or self.failure is not None, "a block has draws"
-        return self.failure or self.moments  # type: ignore[return-value]
+        if self.failure is not None:
+            return self.failure
+        assert self.moments is not None, "a block has draws"
+        return self.moments
 
 
 def block(

@@ -73,7 +73,7 @@ class Equals:
 
     def region(self, question: Question, prediction: Prediction, tolerance: float) -> Region:
         values, remainder = self.predicted(question, prediction)
-        scale = scale_of(question, values)
+        scale = question.scale_of(values)
         width = tolerance * scale + remainder
         low = np.where(question.judged, values - width, -np.inf)
         high = np.where(question.judged, values + width, np.inf)
@@ -196,15 +196,3 @@ class Rate(Equals):
     def words(self, tolerance: float, scale: str, remainder: float) -> str:
         extra = f" and {remainder:.2g}" if remainder > 0 else ""
         return f"within {tolerance:.2%}{extra} of the gap, which falls as d^-{self.power:g}"
-
-
-def scale_of(question: Question, values: np.ndarray) -> np.ndarray:
-    """What a tolerance multiplies: the prediction, sqrt(K_mm K_nn), or 1."""
-    match question.kind.scale:
-        case "relative":
-            return np.asarray(np.abs(values))
-        case "kernel":
-            diagonal = np.sqrt(np.abs(np.diagonal(values)))
-            return np.asarray(diagonal[:, None] * diagonal[None, :])
-        case _:
-            return np.ones(question.shape)

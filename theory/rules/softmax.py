@@ -121,10 +121,9 @@ def mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
 
 
 def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
-    """K_v (A + B_off/d) on the diagonal, K_v/max(m, n) (1 - (s^2/d)(h(m) + h(n))) off it.
+    """K_v times `outputs.second_moment` on the diagonal, `outputs.overlap` off it.
 
-    Given the query the keys' logits are i.i.d.; for tokens of fixed norm.  Where norms
-    fluctuate the diagonal is K_v ((d - 1) A + B)/d and h is absent.
+    Given the query the keys' logits are i.i.d., at any width (`theory.formulas.logits`).
     """
     pattern, values = operation.inputs
     queries, keys = _query_key(traits[pattern])
