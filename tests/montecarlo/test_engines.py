@@ -30,7 +30,7 @@ DRAWS = BLOCKS * Group.of(ASKED[0]).block_size
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def started():
     """A real scheduler and two workers of one thread, each with a claim to be a GPU."""
     with LocalCluster(
         n_workers=2,
@@ -41,6 +41,14 @@ def cluster():
         resources={"GPU": 1},
     ) as found:
         yield found
+
+
+@pytest.fixture
+def cluster(started):
+    """The cluster with both its workers, though a test before has killed one."""
+    with distributed.Client(started, set_as_default=False) as client:
+        client.wait_for_workers(2, timeout=engines.WORKER_SECONDS)
+    return started
 
 
 def asked(**options):
