@@ -78,9 +78,9 @@ class Moved:
 Fidelity = Literal["uniform", "first_order", "any_temperature"]
 """How a softmax is treated."""
 
-Algorithm = Callable[[Sequence[np.ndarray], Sequence[np.ndarray], Mapping[str, float], int], Moved]
-"""From the kernels and the absolute remainders of a rule's sources, the values of the symbols and
-n_ctx."""
+Algorithm = Callable[[Sequence[np.ndarray], np.ndarray, Mapping[str, float], int], Moved]
+"""From the kernels of a rule's sources, the absolute remainder of the first, the values of the
+symbols and n_ctx."""
 
 
 @dataclass(frozen=True)

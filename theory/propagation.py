@@ -8,7 +8,7 @@ last use: n_ctx^2 numbers per live place, cost linear in depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -45,6 +45,8 @@ NEGLIGIBLE = 1e-9
 LEFT = 0.5
 """The part of a second-order term that is stated as its error, besides the fluctuation itself."""
 
+ROWS = 32
+"""Rows of a block of pairs: the steps of a long expression stay in the processor's cache."""
 
 GRID = 32
 """Positions at most that fluctuations are followed at: smooth in log m beside the kernel."""
@@ -56,6 +58,11 @@ def _compiled(expr: sp.Expr) -> tuple[Callable[..., Any], tuple[sp.Symbol, ...]]
     flat = expr.xreplace({PREFIX_SUM: _SUM, **_ARGUMENTS})
     arguments = tuple(sorted(flat.free_symbols, key=str))
     return compile_number_form(flat, arguments), arguments
+
+
+def blocks(n_ctx: int) -> Iterator[slice]:
+    """Rows by rows, `ROWS` at a time."""
+    return (slice(start, min(start + ROWS, n_ctx)) for start in range(0, n_ctx, ROWS))
 
 
 def column_sums(matrix: np.ndarray) -> np.ndarray:
@@ -160,10 +167,14 @@ class KernelValues:
             rule = self._rules[place]
             assert rule.algorithm is not None
             kernels = [self.kernel(name) for name in rule.sources]
-            dropped = [self.remainder(name) * self._size(name) for name in rule.sources]
+            dropped = self._dropped(rule.sources[0]) if rule.sources else np.zeros(())
             known = {**self._symbols[place], "p": self._maps(rule)}
             self._moved[place] = rule.algorithm(kernels, dropped, known, self._n_ctx)
         return self._moved[place]
+
+    def _dropped(self, place: str) -> np.ndarray:
+        """The absolute remainder."""
+        return np.asarray(self.remainder(place) * self._size(place))
 
     def _size(self, place: str, view: View = "mn") -> np.ndarray:
         if view != "mn":
@@ -185,8 +196,7 @@ class KernelValues:
         if (second := self._passed(place)[1]) and view == "mn":
             carried = [self._sloped(*pair) for pair in zip(second.slopes, carried, strict=True)]
         if rule.carried == "shared":
-            share = self._share(place, rule, view)
-            carried = [share * carried[0], (1 - share) * carried[1]]
+            carried = [_mean(self._share(place, rule, view), *carried)]
         if carried and rule.remainder == 0:
             return np.asarray(sum(carried[1:], carried[0]))
         return np.asarray(sum(carried, np.abs(self._own_remainder(place, rule, view))))
@@ -222,7 +232,7 @@ class KernelValues:
         if source in self._exact:
             return np.zeros(np.broadcast_shapes(left.shape, right.shape))
         if rule.expression.has(sp.Sum) and source == rule.sources[0]:
-            sums = prefix_sum(self.remainder(source) * self._size(source))
+            sums = prefix_sum(self._dropped(source))
             averaged = self._evaluate(place, rule.expression, "mn", sums) / self._size(place)
             return averaged if view == "mn" else self._diagonal(averaged, view)
         found = self.remainder(source, view)
@@ -253,13 +263,12 @@ class KernelValues:
         rule = self._rules[place]
         if rule.excess != 0 or rule.algorithm is not None:
             return self._own_excess(place)
-        if rule.spends_excess:
+        if rule.spends_excess or not rule.sources:
             return np.zeros(())
         found = [self.excess(source) for source in rule.sources]
         if rule.carried == "shared" and any(np.any(part) for part in found):
-            share = self._share(place, rule, view)
-            found = [share * found[0], (1 - share) * found[1]]
-        return np.asarray(sum(found, np.zeros(())))
+            return _mean(self._share(place, rule, view), *found)
+        return np.asarray(sum(found[1:], found[0]))
 
     def _share(self, place: str, rule: Rule, view: View) -> np.ndarray:
         """The stream's part of sqrt(K_mm K_nn) of its sum with a branch."""
@@ -417,6 +426,12 @@ class KernelValues:
         return np.broadcast_to(np.asarray(result, dtype=float), shape)
 
 
+def _mean(share: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """share one + (1 - share) other."""
+    found = share * (one - other)
+    return np.asarray(np.add(found, other, out=found))
+
+
 def _with_diagonal(matrix: np.ndarray, values: np.ndarray | float) -> np.ndarray:
     """The matrix, which is changed."""
     np.fill_diagonal(matrix, values)
@@ -435,21 +450,27 @@ def _interpolated(
 ) -> np.ndarray:
     """All pairs from those of a grid: see `KernelValues._everywhere`."""
     root = np.sqrt(np.diagonal(leading))
-    size = np.multiply.outer(root, root)
-    at = np.ix_(grid - 1, grid - 1)
-    alone = np.diagonal(found.mm) / root[grid - 1] ** 2
+    at, chosen = np.ix_(grid - 1, grid - 1), root[grid - 1]
+    alone = np.diagonal(found.mm) / chosen**2
     beyond = found.mn - leading[at] * np.add.outer(alone, alone) / 2
-    open_ = size[at] - leading[at] ** 2 / size[at]
+    open_ = _open(np.multiply.outer(chosen, chosen), leading[at])
     np.fill_diagonal(open_, 1.0)
-    whole = weights @ _continued(beyond / open_) @ weights.T
-    beside = leading**2
+    across, smooth = _continued(beyond / open_) @ weights.T, weights @ alone
+    whole = np.empty_like(leading)
+    for rows in blocks(len(leading)):
+        beside = _open(np.multiply.outer(root[rows], root), leading[rows])
+        np.matmul(weights[rows], across, out=whole[rows])
+        whole[rows] *= beside
+        if alone.any():
+            whole[rows] += leading[rows] * np.add.outer(smooth[rows], smooth) / 2
+    return whole
+
+
+def _open(size: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """size (1 - rho^2)."""
+    beside = inner**2
     beside /= size
-    np.subtract(size, beside, out=beside)
-    whole *= beside
-    if alone.any():
-        smooth = weights @ alone
-        whole += leading * np.add.outer(smooth, smooth) / 2
-    return np.asarray(whole)
+    return np.asarray(np.subtract(size, beside, out=beside))
 
 
 def at_pairs(found: Sequence[np.ndarray] | np.ndarray | float, positions: Positions) -> np.ndarray:

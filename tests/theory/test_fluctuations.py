@@ -67,7 +67,7 @@ def test_the_shift_of_a_cosine_is_the_expansions_first_term():
 @pytest.mark.parametrize("function", ["relu", "gelu", "tanh"])
 def test_units_by_gauss_and_hermite(function):
     """Fourth moments of two activated Gaussians: Mehler's series against a product rule."""
-    from theory.laws.transformed import ACTIVATIONS
+    from theory.formulas.activations import ACTIVATIONS
 
     nodes, weights = np.polynomial.hermite_e.hermegauss(160)
     joint = np.outer(weights, weights) / weights.sum() ** 2

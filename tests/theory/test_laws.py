@@ -25,10 +25,11 @@ from nope.tokens import EmbeddingTokens, GaussianTokens
 from reports import figures, verify
 from theory.formula import Formula, Status
 from theory.formulas import laws as formulas
+from theory.formulas.activations import ACTIVATIONS
 from theory.laws import LEVELS, law, quantile_points
 from theory.laws.scale_mixtures import ScaleMixture, VarianceGamma, centred
 from theory.laws.sphere import Squashed, sphere
-from theory.laws.transformed import ACTIVATIONS, Transformed, gated_variance
+from theory.laws.transformed import Transformed, gated_variance
 from theory.laws.variance import (
     RandomVariance,
     cdf_effect,

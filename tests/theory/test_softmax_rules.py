@@ -22,7 +22,7 @@ from theory.rules.mixing import (
     any_temperature,
     covering_table,
     first_order_change,
-    group_starts,
+    group_edges,
 )
 from theory.rules.mixing import first_order as first_order_kernel
 from theory.symbols import m, n
@@ -248,8 +248,8 @@ def test_the_slope_between_queries_is_exact():
 
 def test_neighbouring_keys_may_be_summed_in_groups():
     """Alone up to `EVERY`; beyond it the change is off by less than 1e-4 of its size."""
-    assert list(group_starts(EVERY)) == list(range(EVERY))
-    assert list(group_starts(5)) == list(range(5))
+    assert list(group_edges(EVERY)) == list(range(EVERY + 1))
+    assert list(group_edges(5)) == list(range(6))
     length = 300
     count = np.arange(1, length + 1)
     kernel = 0.8 * np.eye(length) + np.minimum.outer(count, count) / np.maximum.outer(count, count)
@@ -284,7 +284,7 @@ def test_remainders_are_not_negative(treatment, spread, shared):
 def fidelities(spread, shared, common=0.3, **sizes):
     """The kernel taken as uniform, to first order, at any temperature."""
     attention = mixing(spread, shared, common, **sizes)
-    return attention.uniform, first_order_kernel(attention)[0], any_temperature(attention)[0]
+    return attention.uniform(), first_order_kernel(attention)[0], any_temperature(attention)[0]
 
 
 @pytest.mark.parametrize("shared", [0.0, 0.4, 1.0])
@@ -321,7 +321,7 @@ def test_equal_keys_are_attended_uniformly():
     attention = Mixing(Prefixed(values), Prefixed(same), 9 * same, 0, True, np.inf, 8, 2)
     for treatment in (first_order_kernel, any_temperature):
         found, dropped, excess = treatment(attention)
-        assert np.abs(found - attention.uniform).max() <= TABLED * np.abs(values).max()
+        assert np.abs(found - attention.uniform()).max() <= TABLED * np.abs(values).max()
         assert np.abs(dropped).max() <= TABLED
         assert np.abs(excess).max() <= TABLED
 

@@ -16,10 +16,11 @@ import numpy as np
 import sympy as sp
 
 from theory.formulas import laws
+from theory.formulas.activations import ACTIVATIONS
 from theory.laws.law import Family
 from theory.laws.scale_mixtures import ScaleMixture, centred
 from theory.laws.sphere import Squashed, sphere
-from theory.laws.transformed import ACTIVATIONS, Transformed, gated_variance
+from theory.laws.transformed import Transformed, gated_variance
 from theory.laws.variance import (
     RandomVariance,
     cdf_effect,

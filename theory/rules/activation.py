@@ -9,6 +9,7 @@ import sympy as sp
 from nope.operations import Activate, ActivationName
 from theory.cache import kept
 from theory.fluctuations import Fluctuation, Passage, Second, curved
+from theory.formulas.activations import ACTIVATIONS
 from theory.formulas.duals import dual
 from theory.formulas.mehler import expand
 from theory.kernel import Fidelity, K, Rule, Traits
@@ -90,8 +91,6 @@ def unit_covariance(function: ActivationName, variance: float, rho: np.ndarray) 
 @cache
 def _powers(function: ActivationName, variance: float) -> tuple[np.ndarray, ...]:
     """The coefficients of phi, phi^2 and phi^3 in Mehler's series."""
-    from theory.laws.transformed import ACTIVATIONS
-
     phi, at = ACTIVATIONS[function], np.array([variance])
 
     def power(k: int) -> np.ndarray:

@@ -17,10 +17,7 @@ from theory.formulas import outputs
 from theory.formulas.logits import Logits
 from theory.formulas.softmax import SHARPEST, Participation, SharedWithLonger, WeightedSquare
 from theory.formulas.softmax_table import Between, ParticipationTable, Restricted, Tabulated
-from theory.propagation import column_sums, prefix_sum
-
-ROWS = 32
-"""Rows of a block of pairs: the steps of a long expression stay in the processor's cache."""
+from theory.propagation import blocks, column_sums
 
 EVERY = 64
 """Keys that are summed one by one where a sum over all pairs and all keys is taken."""
@@ -69,22 +66,28 @@ def first_order_change(values: Prefixed, keys: Prefixed, queries: np.ndarray) ->
     Cumulative sums, and one sum over all keys that is grouped beyond the first `EVERY`.
     """
     count = values.count
-    by_column = keys.rows * values.rows
-    by_column = by_column.cumsum(1, out=by_column)
-    by_column /= count[:, None]
-    shared = prefix_sum(keys.kernel * values.kernel)
-    shared -= by_column
-    shared -= by_column.T
-    weighted = keys.sums * values.sums
-    weighted /= count[:, None] * count
-    shared += weighted
-    shared *= queries
-    tilted = _tilted(values, keys)
-    tilted *= np.diagonal(queries)[:, None] / 2
-    shared += tilted
-    shared += tilted.T
-    shared /= count[:, None] * count
-    return shared
+    half = _tilted(values, keys)
+    half *= np.diagonal(queries)[:, None] / 2
+    above = np.zeros(len(count))
+    for rows in blocks(len(count)):
+        shared, above = _running(keys.kernel[rows] * values.kernel[rows], above)
+        weighted = keys.sums[rows] * values.sums[rows]
+        weighted /= count[rows, None] * count
+        shared += weighted
+        by_column = np.cumsum(keys.rows[rows] * values.rows[rows], axis=1)
+        by_column *= 2 / count[rows, None]
+        shared -= by_column
+        shared *= queries[rows] / 2
+        half[rows] += shared
+        half[rows] /= count[rows, None] * count
+    return np.asarray(half + half.T)
+
+
+def _running(rows: np.ndarray, above: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Prefix sums in some rows of a matrix below its column sums `above`, and those below them."""
+    rows[0] += above
+    below = column_sums(rows)
+    return np.asarray(below.cumsum(1)), below[-1]
 
 
 def _tilted(values: Prefixed, keys: Prefixed) -> np.ndarray:
@@ -93,24 +96,23 @@ def _tilted(values: Prefixed, keys: Prefixed) -> np.ndarray:
 
     D_m(i) = J_ii - (2/m) sum over j <= m of J_ij, less its mean over i <= m.
     """
-    count, starts = keys.count, group_starts(len(keys.count))
-    sizes = np.diff([*starts, len(count)])
+    count, edges = keys.count[:, None], group_edges(len(keys.count))
+    inside = np.minimum(edges, count.astype(int))  # of m's keys, those before each edge
+    diagonal = np.insert(np.diagonal(keys.kernel).cumsum(), 0, 0.0)[inside]
+    sums = np.take_along_axis(keys.sums, np.maximum(inside - 1, 0), axis=1)
+    sums[:, 0] = 0.0
+    own = np.diff(diagonal - 2 / count * sums)
+    own -= own.sum(1, keepdims=True) / count * np.diff(inside)
+    mean = np.diff(values.sums[:, edges[1:] - 1], prepend=0.0) / np.diff(edges)
+    return np.asarray(own @ mean.T)
 
-    def grouped(matrix: np.ndarray) -> np.ndarray:
-        return np.asarray(np.add.reduceat(matrix, starts, axis=1))
 
-    diagonal, triangle = np.diagonal(keys.kernel), np.tri(len(count))
-    own = grouped(triangle * diagonal) - 2 / count[:, None] * grouped(triangle * keys.rows)
-    own -= own.sum(1, keepdims=True) / count[:, None] * grouped(triangle)
-    return np.asarray(own @ (grouped(values.rows) / sizes).T)
-
-
-def group_starts(count: int) -> np.ndarray:
-    """Where groups of neighbours start, from 0: single up to `EVERY`, then longer and longer."""
-    starts = [0]
-    while starts[-1] < count:
-        starts.append(starts[-1] + max(1, (starts[-1] - EVERY) // GROUP + 1))
-    return np.array(starts[:-1])
+def group_edges(count: int) -> np.ndarray:
+    """Where groups of neighbours end, from 0: single up to `EVERY`, then longer and longer."""
+    edges = [0]
+    while edges[-1] < count:
+        edges.append(edges[-1] + max(1, (edges[-1] - EVERY) // GROUP + 1))
+    return np.array([*edges[:-1], count])
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +141,10 @@ class Mixing:
     def positions(self) -> np.ndarray:
         return self.count.astype(int)
 
-    @cached_property
-    def uniform(self) -> np.ndarray:
-        return np.asarray(self.values.sums / np.outer(self.count, self.count))
+    def uniform(self, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
+        """The kernel that uniform weights give."""
+        pairs = self.count[rows, None] * self.count[columns]
+        return np.asarray(self.values.sums[rows, columns] / pairs)
 
     @cached_property
     def change(self) -> np.ndarray:
@@ -220,13 +223,13 @@ class Mixing:
         """As many symmetric matrices as `function` gives of each block of pairs."""
         n_ctx = len(self.count)
         found = [np.empty((n_ctx, n_ctx)) for _ in range(results)]
-        for start in range(0, n_ctx, ROWS):
-            rows, columns = slice(start, start + ROWS), slice(0, min(start + ROWS, n_ctx))
+        for rows in blocks(n_ctx):
+            columns = slice(0, rows.stop)
             for matrix, block in zip(found, function(Pairs(self, rows, columns)), strict=True):
                 matrix[rows, columns] = block
                 matrix[columns, rows] = matrix[rows, columns].T
                 square = matrix[rows, rows]
-                square[:] = np.tril(block[:, start:]) + np.tril(block[:, start:], -1).T
+                square[:] = np.tril(block[:, rows.start :]) + np.tril(block[:, rows.start :], -1).T
         return found
 
 
@@ -243,6 +246,10 @@ class Pairs:
 
     def of(self, matrix: np.ndarray) -> np.ndarray:
         return matrix[self.rows, self.columns]
+
+    @property
+    def uniform(self) -> np.ndarray:
+        return self.mixing.uniform(self.rows, self.columns)
 
     def longer(self, by_position: np.ndarray) -> np.ndarray:
         return by_position[self.rows, None]
@@ -373,7 +380,7 @@ def first_order(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray | fl
         count = pairs.shorter(mixing.count)
         rest = (1 - 1 / count) * np.maximum(1, np.abs(1 - 6 / count))  # as its s^4 has
         beyond = pairs.overlap * (np.expm1(pairs.variance) - pairs.variance) * rest
-        kernel = pairs.of(mixing.uniform) + pairs.of(mixing.change) + pairs.fluctuation
+        kernel = pairs.uniform + pairs.of(mixing.change) + pairs.fluctuation
         return kernel, beyond + pairs.lost + pairs.narrow
 
     kernel, dropped = mixing.over_pairs(block, 2)
@@ -387,7 +394,7 @@ def any_temperature(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray 
         r = pairs.correlation
         shared, unsure = pairs.shared
         beyond = pairs.overlap * (shared - r * pairs.linear)
-        kernel = pairs.of(mixing.uniform) + pairs.of(mixing.change) + beyond + pairs.floor
+        kernel = pairs.uniform + pairs.of(mixing.change) + beyond + pairs.floor
         return kernel, pairs.overlap * unsure + pairs.lost + pairs.narrow_floor
 
     kernel, dropped = mixing.over_pairs(block, 2)

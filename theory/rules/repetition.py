@@ -396,7 +396,7 @@ def first_order(tokens: Tokens, mixing: Mixing) -> Found:
     beyond = grown * (np.abs(tilt) + np.abs(reweighting))
     added = fluctuation(found.tokens, found.n_ctx, found.attention)
     (narrow,) = mixing.over_pairs(lambda pairs: (pairs.narrow,), 1)
-    kernel = mixing.uniform + found.value * (tilt + reweighting + added)
+    kernel = mixing.uniform() + found.value * (tilt + reweighting + added)
     return kernel, _of_cosine(kernel, found.value * (beyond + found.error) + narrow), 0.0
 
 
@@ -408,7 +408,7 @@ def any_temperature(tokens: Tokens, mixing: Mixing) -> Found:
     _ = mixing.table  # refuses logits that no quadrature covers
     sample = sampled(found.tokens, found.n_ctx, found.attention, found.common)
     (narrow,) = mixing.over_pairs(lambda pairs: (pairs.narrow,), 1)
-    kernel = mixing.uniform + found.value * (sum(found.first_order) + sample.beyond)
+    kernel = mixing.uniform() + found.value * (sum(found.first_order) + sample.beyond)
     dropped = found.value * (sample.dropped + found.error) + narrow
     return (
         kernel,

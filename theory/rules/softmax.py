@@ -39,7 +39,7 @@ from theory.formula import compile_number_form
 from theory.formulas import outputs
 from theory.formulas.wick import first_order
 from theory.kernel import ZERO, J, K, Moved, Q, Rule, Traits
-from theory.propagation import prefix_sum
+from theory.propagation import blocks, prefix_sum
 from theory.rules import mixing, repetition
 from theory.rules.mixing import Mixing, Prefixed
 from theory.symbols import d, d_h, i, j, m, n
@@ -51,7 +51,7 @@ def _move(
     treatment: Treatment,
     traits: Traits,
     kernels: Sequence[np.ndarray],
-    dropped: Sequence[np.ndarray],
+    dropped: np.ndarray,
     symbols: Mapping[str, float],
     n_ctx: int,
 ) -> Moved:
@@ -69,12 +69,18 @@ def _move(
         symbols["H"],
     )
     kernel, lost, excess = treatment(found)
-    of_values = prefix_sum(dropped[0]) / np.outer(found.count, found.count)
-    # Queries, keys and values read one place: what is relative to the one is to the others.
-    scale = np.sqrt(found.values.variance)
-    inherited = of_values + 2 * np.abs(kernel - found.uniform) * of_values / np.outer(scale, scale)
-    root = np.sqrt(np.diagonal(kernel))
-    return Moved(kernel, (lost + inherited) / np.outer(root, root), excess)
+    remainder = prefix_sum(dropped)
+    variance, root = found.values.variance, np.sqrt(np.diagonal(kernel))
+    for rows in blocks(n_ctx):
+        # Queries, keys and values read one place: what is relative to the one is to the others.
+        shift = 2 * np.abs(kernel[rows] - found.uniform(rows))
+        shift /= np.sqrt(variance[rows, None] * variance)
+        inherited = remainder[rows]
+        inherited /= found.count[rows, None] * found.count
+        inherited *= 1 + shift
+        inherited += lost[rows]
+        inherited /= root[rows, None] * root
+    return Moved(kernel, remainder, excess)
 
 
 def _general(operation: Mix, traits: Mapping[str, Traits], name: str, how: Treatment) -> Rule:
@@ -183,7 +189,7 @@ def _participate(
     grown: Growth,
     lost: Lost,
     kernels: Sequence[np.ndarray],
-    dropped: Sequence[np.ndarray],
+    dropped: np.ndarray,
     symbols: Mapping[str, float],
     n_ctx: int,
 ) -> Moved:
@@ -193,7 +199,7 @@ def _participate(
     count = np.arange(1.0, n_ctx + 1)
     value = grown.numbers(count, variance, symbols)
     beyond = _numbers(lost(VARIANCE, VALUE), {**symbols, "m": count, "s2": variance, "f": value})
-    relative = beyond + np.diagonal(dropped[0]) / np.diagonal(queries)
+    relative = beyond + np.diagonal(dropped) / np.diagonal(queries)
     square = (n_ctx, n_ctx)
     return Moved(
         np.broadcast_to((value / count**2)[:, None], square),

@@ -64,7 +64,7 @@ def _(operation: Embed, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rul
 def _counted(
     tokens: Tokens,
     kernels: Sequence[np.ndarray],
-    dropped: Sequence[np.ndarray],
+    dropped: np.ndarray,
     symbols: Mapping[str, float],
     n_ctx: int,
 ) -> Moved:
