@@ -8,9 +8,11 @@ leading order in the inverse widths all that matters at a pair of positions is t
 a symmetric 3 x 3 matrix for each pair, arrays of shape (3, 3, ...).  One recursion carries it.
 A random map of w outputs adds that of w i.i.d. Gaussian coordinates (`wishart`) over w.  A function
 of K that acts on each pair alone, with Jacobian D and Hessian H, takes the covariance C to D C D'
-and the mean to f(K) + tr(H C)/2 (the delta method): the 1/d term of the kernel.  A norm leaves
-the fluctuation of the correlation; the dual of an activation shrinks it (a dual with positive
+and the mean to f(K) + tr(H C)/2 (the delta method): the 1/d term of the kernel.  A norm leaves the
+fluctuation of the correlation; the dual of an activation shrinks it (a dual with positive
 coefficients maps the unit disc into itself, and such maps contract atanh rho: Schwarz and Pick).
+Units behind weights that are not Gaussian add to C what their fourth cumulants are like
+(`Fluctuation.shape`), for that mean alone.
 
 A sum of a stream and a branch weighs both by their shares and adds their product's part.  Since the
 branch is made from the stream their fluctuations are correlated: `response` is the derivative of a
@@ -70,13 +72,18 @@ class Gram:
 @dataclass(frozen=True, eq=False)
 class Fluctuation:
     """The covariance at a place: `inherited` of its input and `own` of the last map's `width`
-    coordinates, which are independent given the input."""
+    coordinates, which are independent given the input.
+
+    `shape` has the fourth cumulants of such a coordinate at two positions, 0 if it is Gaussian: to
+    leading order those of a Gaussian times the root of a random scale, whose covariance it is.
+    """
 
     inherited: np.ndarray
     own: np.ndarray
     width: float
     response: np.ndarray
     origin: np.ndarray
+    shape: np.ndarray | float = 0.0
 
     @property
     def covariance(self) -> np.ndarray:
@@ -171,15 +178,23 @@ def tokens(width: float, rho: np.ndarray) -> Fluctuation:
     return begin(wishart((1.0, 1.0, rho)) / width, width)
 
 
-def mapped(before: Fluctuation, share: Gram, own: np.ndarray, width: float) -> Fluctuation:
-    """After a linear map that adds its `own`; a bias leaves a share of what was before."""
+def mapped(
+    before: Fluctuation, share: Gram, rho: np.ndarray, own: np.ndarray, width: float, peak: float
+) -> Fluctuation:
+    """After a linear map that adds its `own`; a bias leaves a share of what was before.
+
+    `peak` is the excess kurtosis of a coordinate given the input over 3, `rho` the correlation of
+    the input.
+    """
     scale = np.array([share.mm, share.nn, share.mn])
+    mean = scale * np.array([np.ones_like(rho), np.ones_like(rho), rho])
     return Fluctuation(
         scale[:, None] * scale * before.covariance,
         own,
         width,
         scale[:, None] * before.response,
         before.origin,
+        peak * mean[:, None] * mean,
     )
 
 
@@ -250,14 +265,14 @@ def curved(
     """After a function of each pair's kernel: a norm, or the dual of an activation.
 
     Its derivatives are taken by central differences in (K_mm, K_nn, rho), `STEP` wide: on the scale
-    of atanh rho, so that no correlation leaves [-1, 1].  `own` is the part of its units.
+    of atanh rho, so that no correlation leaves [-1, 1].  `own` is the part of its units, whose
+    `shape` bends the mean like a fluctuation and is none.
     """
     rho = kernel.correlation
-    turn = to_correlation(rho)
-    covariance = _moved(turn, before.inherited)
-    values, jacobian, alone, parts = _derivatives(kernel, function, covariance)
+    turn, bending = to_correlation(rho), before.inherited + before.shape
+    values, jacobian, alone, parts = _derivatives(kernel, function, _moved(turn, bending))
     jacobian = _product(jacobian, turn)
-    parts[2] += jacobian[2, 2] * correlation_shift(before.inherited, rho)
+    parts[2] += jacobian[2, 2] * correlation_shift(bending, rho)
     mm, nn = values.mm * alone[0], values.nn * alone[1]
     moved = Fluctuation(
         _moved(jacobian, before.inherited),
@@ -342,6 +357,7 @@ def averaged(
         inherited=inherited,
         own=np.zeros_like(inherited),
         response=_product(response_of_means(common, m, n), before.response),
+        shape=0.0,
     )
 
 

@@ -14,16 +14,23 @@ from theory.bindings import local_bindings
 from theory.fluctuations import (
     ENTRIES,
     NEAR,
+    Fluctuation,
+    Gram,
     correlation_shift,
     correlation_width,
+    curved,
+    mapped,
     of_means,
     response_of_means,
     wishart,
 )
-from theory.formulas import formula
+from theory.formula import compile_number_form
+from theory.formulas import duals, formula
+from theory.formulas.activations import ACTIVATIONS
 from theory.predict import rules_to
 from theory.propagation import KernelValues, all_pairs
 from theory.rules.activation import unit_covariance
+from theory.symbols import a, b, c
 
 RHO = np.array([-0.6, 0.0, 0.3, 0.9])
 
@@ -67,8 +74,6 @@ def test_the_shift_of_a_cosine_is_the_expansions_first_term():
 @pytest.mark.parametrize("function", ["relu", "gelu", "tanh"])
 def test_units_by_gauss_and_hermite(function):
     """Fourth moments of two activated Gaussians: Mehler's series against a product rule."""
-    from theory.formulas.activations import ACTIVATIONS
-
     nodes, weights = np.polynomial.hermite_e.hermegauss(160)
     joint = np.outer(weights, weights) / weights.sum() ** 2
     phi, variance, tolerance = ACTIVATIONS[function], 1.3, {"relu": 5e-3}.get(function, 1e-6)
@@ -83,6 +88,59 @@ def test_units_by_gauss_and_hermite(function):
         expected -= np.outer(means, means)
         found = unit_covariance(function, variance, np.array(rho))
         assert np.abs(found - expected).max() < tolerance * expected.max()
+
+
+@pytest.mark.parametrize("function", ["gelu", "tanh", "silu"])
+def test_units_of_a_haar_matrix_by_quadrature(function):
+    """A unit is a coordinate of the sphere in 4 d dimensions: what is left is of order 1/d^2."""
+    phi, missed = ACTIVATIONS[function], []
+    t, weights = np.polynomial.legendre.leggauss(400)
+    for d in (16, 32):
+        density = weights * (1 - t**2) ** ((4 * d - 3) / 2)
+        expected = density @ phi(np.sqrt(d) * t) ** 2 / density.sum()
+        stack = nope.decoder(d, 1, n_ctx=1, activation=function, norm="rmsnorm")
+        asked = Question(stack, orthogonal(), "blocks.0.mlp.post", "second_moment")
+        found = theory.predict(asked)
+        missed.append(expected - found.values[0])
+        assert abs(missed[-1]) < found.remainder[0]
+    assert missed[0] / missed[1] == pytest.approx(4, rel=0.1)
+
+
+def on_a_sphere(function, radius, d):
+    """E of a function of two coordinates of a vector of this length, uniform in d dimensions."""
+    nodes, weights = np.polynomial.legendre.leggauss(40)
+    square, angle = (1 + nodes[:, None]) / 2, 2 * np.pi * np.arange(64) / 64  # Beta(1, d/2 - 1)
+    density = weights * (1 - square[:, 0]) ** (d / 2 - 2)
+    r = radius * np.sqrt(square)
+    return density @ function(r * np.cos(angle), r * np.sin(angle)).mean(1) / density.sum()
+
+
+@pytest.mark.parametrize("haar", [False, True])
+@pytest.mark.parametrize("function", ["gelu", "tanh"])
+def test_pairs_of_units_that_are_not_gaussian(haar, function):
+    """Of unit vectors and of uniform weights, |x|^2 = |y|^2 = d = 8: averaged over rotations, two
+    coordinates of a sphere of the weights' length.  Most of what the dual lacks is there."""
+    rng, d, phi, rho = np.random.default_rng(1), 8, ACTIVATIONS[function], (0.0, 0.5, -0.5)
+    w = rng.uniform(-1, 1, (200_000, d)) * 3**0.5
+    lengths = np.full(1, d**0.5) if haar else np.linalg.norm(w, axis=1)
+
+    def expected(r):
+        def product(u, v):
+            return phi(u) * phi(r * u + np.sqrt(1 - r * r) * v)
+
+        at = np.linspace(0, (3 * d) ** 0.5, 30)
+        values = np.polynomial.Chebyshev.fit(at, [on_a_sphere(product, R, d) for R in at], 15)
+        return values(lengths).mean()
+
+    one, nothing = np.ones(3), np.zeros((3, 3, 3))
+    fixed = Fluctuation(nothing, nothing, d, nothing, nothing)
+    peak = -2 / (d + 2) if haar else -1.2 / d
+    behind = mapped(fixed, Gram(one, one, one), np.array(rho), nothing, d, peak)
+    dual, at = compile_number_form(duals.dual(function), (a, b, c)), (one, one, np.array(rho))
+    _, second = curved(behind, Gram(*at), dual, nothing)
+    lacking = [expected(r) for r in rho] - dual(*at)
+    assert (np.abs(lacking - second.term.mn) < 0.25 * np.abs(lacking) + 5e-4).all()
+    assert np.abs(lacking).max() > 2e-3
 
 
 # ------------------------------------------------------------------------------ plain draws

@@ -99,9 +99,23 @@ def _fluctuates(weight: Weight, passage: Passage) -> tuple[Fluctuation, None]:
     share = Gram(1 - bias / after.mm, 1 - bias / after.nn, 1 - bias / after.size)
     lost = 1 / weight.fan_in if _is_haar(weight, passage) else 0.0
     own = max(1 / weight.fan_out - lost, 0.0) * wishart((1.0, 1.0, after.correlation))
-    return mapped(before, share, own, weight.fan_out), None
+    rho = passage.kernels[0].correlation
+    return mapped(before, share, rho, own, weight.fan_out, _peak(weight, passage)), None
+
+
+def _peak(weight: Weight, passage: Passage) -> float:
+    """A third of a coordinate's excess kurtosis given inputs whose own is about 3.
+
+    (3 theta T + (kappa_w - 3 theta) S/fan_in)/(3 T) - 1 of `theory.formulas.kurtosis`, S = 3 T.
+    """
+    theta, kappa = _pair(weight, passage), passage.numbers[symbols.KURTOSIS[weight.role].name]
+    return theta - 1 + (kappa - 3 * theta) / weight.fan_in
+
+
+def _pair(weight: Weight, passage: Passage) -> float:
+    return passage.numbers.get(symbols.PAIR_MOMENT[weight.role].name, 1.0)
 
 
 def _is_haar(weight: Weight, passage: Passage) -> bool:
     """Only of Haar matrices is the pair moment known and not 1."""
-    return passage.numbers.get(symbols.PAIR_MOMENT[weight.role].name, 1.0) != 1.0
+    return _pair(weight, passage) != 1.0
