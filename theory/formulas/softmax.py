@@ -23,6 +23,7 @@ all but C are the same integrals.  Source of all: derived here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -307,6 +308,9 @@ class Entropy(SoftmaxMean):
 NEGLIGIBLE = 1e-12
 """Scales with s^2 u below this are taken at s = 0: no mean here is further from it relative."""
 
+REMEMBERED = 4096
+"""Numbers, at most, in an array whose means are kept."""
+
 
 def mixed(function: type[SoftmaxMean], logits: Logits, positions: Any, spread: Any) -> np.ndarray:
     """E_u function(m, s sqrt(u)) over the scales u of the logits: a mean over queries.
@@ -316,11 +320,28 @@ def mixed(function: type[SoftmaxMean], logits: Logits, positions: Any, spread: A
     >>> float(mixed(Participation, GAUSSIAN, 2, 1.0)) == float(Participation.numbers(2, 1.0))
     True
     """
-    positions, spread = np.broadcast_arrays(positions, spread)
+    arrays = [np.array(each, dtype=float) for each in np.broadcast_arrays(positions, spread)]
+    if arrays[0].size > REMEMBERED:
+        return _mixed(function.of, logits, *arrays)
+    described = (each.tobytes() for each in arrays)
+    return _remembered(function.of, logits, arrays[0].shape, *described).copy()
+
+
+@lru_cache(maxsize=256)
+def _remembered(
+    of: Callable[..., np.ndarray], logits: Logits, shape: tuple[int, ...], *described: bytes
+) -> np.ndarray:
+    """The places of a network and the claims about them ask for the same means again and again."""
+    return _mixed(of, logits, *(np.frombuffer(each).reshape(shape) for each in described))
+
+
+def _mixed(
+    of: Callable[..., np.ndarray], logits: Logits, positions: np.ndarray, spread: np.ndarray
+) -> np.ndarray:
     u, weights = logits.scales()
     scaled = spread[..., None] * np.sqrt(u)
     scaled[scaled**2 < NEGLIGIBLE] = 0.0
-    return np.asarray(function.of(logits, positions[..., None], scaled) @ weights)
+    return np.asarray(of(logits, positions[..., None], scaled) @ weights)
 
 
 WIDTHS = ("d_h", "freedom")

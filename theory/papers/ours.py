@@ -23,6 +23,7 @@ from theory.claims import Claim, Setting, best_theory
 from theory.formula import Status
 from theory.formulas import formula
 from theory.laws import quantile_points
+from theory.papers.chi2023 import GAINS
 from theory.predict import at, position_arrays, predict
 from theory.relations import Identical, Law, Rate
 from theory.symmetry import theorem
@@ -110,7 +111,11 @@ def _one_layer(setting: Setting) -> Iterator[Claim]:
         ),
     }
     for name, (statement, question) in asked.items():
-        yield _calculus(name, statement, question)
+        yield _calculus(name, statement, question, assumes=ASSUMED.get(name, ()))
+
+
+ASSUMED = {"output": GAINS}
+"""What a softmax does to the output's variance is claimed here, g is Lemma 1's and Lemma 3's."""
 
 
 def _calculus(name: str, statement: str, question: Question, **options: Any) -> Claim:

@@ -28,7 +28,7 @@ All derived here; held against real layers by the claims of `theory.papers.ours`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -268,13 +268,19 @@ def _ratio(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 @lru_cache(maxsize=16)
 def fluctuation(tokens: Tokens, n_ctx: int, attention: Attention) -> np.ndarray:
     """What finite width adds to first order, over `sample_ids`."""
-    windows = sample_ids(tokens, n_ctx)
     total = np.zeros((n_ctx, n_ctx))
-    for ids in windows:
+    for ids, share in patterns(sample_ids(tokens, n_ctx)):
         window = Window(ids, attention)
         equal, any_two = window.fluctuation
-        total += attention.shared(window.same)[0] * equal + any_two
-    return total / len(windows)
+        total += share * (attention.shared(window.same)[0] * equal + any_two)
+    return total
+
+
+def patterns(windows: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
+    """Each pattern of equal ids once, as the places where they first occur, and its share."""
+    first = np.array([np.equal.outer(ids, ids).argmax(1) for ids in windows])
+    found, counts = np.unique(first, axis=0, return_counts=True)
+    return zip(found, counts / len(windows), strict=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,15 +302,15 @@ def sampled(tokens: Tokens, n_ctx: int, attention: Attention, common: float) -> 
     size, shape = len(windows), (n_ctx, n_ctx)
     transforms = _transforms(windows, attention)
     beyond, square, dropped, kernel, cosine = (np.zeros(shape) for _ in range(5))
-    for ids in windows:
+    for ids, share in patterns(windows):
         window = Window(ids, attention, transforms)
         found, lost = window.kernel
         change = found - window.first_order
-        beyond += change / size
-        square += change**2 / size
-        dropped += lost / size
-        kernel += (found + common) / size
-        cosine += _cosine(found + common) / size
+        beyond += share * change
+        square += share * change**2
+        dropped += share * lost
+        kernel += share * (found + common)
+        cosine += share * _cosine(found + common)
     error = np.sqrt(np.maximum(square - beyond**2, 0.0) / size)
     excess = _ratio(cosine, _cosine(kernel)) - 1
     return Sampled(beyond, dropped + DEVIATIONS * error, excess)
