@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+PEERS := .venv-peers
 
-.PHONY: verify test check format report bench clean
+.PHONY: verify test check format report bench bench-peers clean
 
 verify: $(READY)  ## hold every claim of the papers against real layers, GPT-2 small's sizes
 	$(BIN)/nope verify --out runs/default
@@ -22,6 +23,9 @@ bench: $(READY)  ## speed and memory, each against a baseline in the same run
 	$(BIN)/python -m benchmarks.sampler
 	$(BIN)/python -m benchmarks.collapsed
 
+bench-peers: $(PEERS)/.installed  ## speed beside other libraries, in an environment of its own
+	$(PEERS)/bin/python -m benchmarks.peers
+
 check: $(READY)  ## lint, format, types, the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,5 +41,15 @@ $(READY): pyproject.toml constraints.txt
 	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
 
+# neural-tangents needs this jax, and asks for a TensorFlow that it can do without; newer wheels of
+# tensorflow-probability lack the module that is compared with.
+$(PEERS)/.installed: pyproject.toml constraints.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(PEERS)/bin/python -m pip install --quiet \
+		--editable . jax==0.5.3 jaxlib==0.5.3 ml_dtypes==0.6.0 opt_einsum==3.4.0 frozendict==2.5.1
+	$(PEERS)/bin/python -m pip install --quiet --no-deps \
+		neural-tangents==0.6.5 tensorflow-probability==0.6.0
+	touch $@
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache runs
+	rm -rf .venv $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache runs

@@ -3,15 +3,18 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 import theory
+from montecarlo.store import FILE
 from reports import grids
 from reports.verdicts import Run
 
@@ -21,7 +24,7 @@ QUICK = ["--d-model", "16", "--n-heads", "2", "--n-ctx", "4", "--std", "0.2", "-
 def nope(*words: str) -> subprocess.CompletedProcess[str]:
     """Run the command as a user does."""
     command = [sys.executable, "-m", "nope", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_verify_writes_a_run_and_a_report(tmp_path):
@@ -135,11 +138,10 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
     places = [["--out", str(tmp_path / "file")], ["--json", str(tmp_path)]]
     for words in [*places, ["--json", str(tmp_path / "nothing" / "x.json")]]:
-        begin = time.monotonic()
         done = nope("verify", "chi2023.lemma1", "--n-ctx", "2048", *words)
         assert done.returncode == 2
         assert "expected a" in done.stderr
-        assert time.monotonic() - begin < 60
+        assert "draws" not in done.stdout + done.stderr
 
 
 def status_of(pid: int | str) -> list[str]:
@@ -157,17 +159,32 @@ def workers_of(pid: int) -> list[int]:
     return found
 
 
-def started(*words: str) -> tuple[subprocess.Popen[bytes], list[int]]:
-    """A long run with two workers that are up."""
+def until(condition: Callable[[], bool], seconds: float = 200.0) -> None:
+    """Wait for what must come, on a slow machine later."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def blocks(directory: Path) -> int:
+    """How many blocks a run's store holds."""
+    if not (directory / FILE).exists():
+        return 0
+    with closing(sqlite3.connect(directory / FILE, 30)) as file:
+        (tables,) = file.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        return file.execute("SELECT count(*) FROM block").fetchone()[0] if tables else 0
+
+
+def started(directory: Path) -> subprocess.Popen[str]:
+    """A long run with two workers that are at work."""
     command = [sys.executable, "-m", "nope", "verify", "chi2023.lemma3", "--d-model", "64"]
-    command += ["--n-ctx", "64", "--tolerance", "1e-5", "--workers", "2", *words]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command += ["--n-ctx", "64", "--tolerance", "1e-5", "--workers", "2", "--out", str(directory)]
+    errors = (directory / "errors").open("w")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": errors, "text": True}
     process = subprocess.Popen(command, start_new_session=True, **quiet)
-    deadline = time.monotonic() + 60
-    while len(workers_of(process.pid)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(4)
-    return process, workers_of(process.pid)
+    until(lambda: blocks(directory) > 0 or process.poll() is not None)
+    return process
 
 
 def alive(pid: int) -> bool:
@@ -179,31 +196,28 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
-def test_kill_9_of_the_coordinator_leaves_no_worker():
+def test_kill_9_of_the_coordinator_leaves_no_worker(tmp_path):
     """Workers end with their coordinator, however it went."""
-    process, workers = started()
+    process = started(tmp_path)
+    workers = workers_of(process.pid)
     assert len(workers) >= 2
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 30
-    while any(alive(pid) for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not [pid for pid in workers if alive(pid)]
+    until(lambda: not any(alive(pid) for pid in workers))
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="reads /proc")
 def test_killed_workers_do_not_end_the_run(tmp_path):
     """New ones go on; Ctrl-C then ends it as always, and what was known is saved."""
-    process, workers = started("--out", str(tmp_path))
+    process = started(tmp_path)
+    workers = workers_of(process.pid)
     for pid in workers:
         command = Path(f"/proc/{pid}/cmdline").read_text()
         if "tracker" not in command:
             os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 60
-    while len(set(workers_of(process.pid)) - set(workers)) < 2 and time.monotonic() < deadline:
-        time.sleep(0.2)
+    until(lambda: len(set(workers_of(process.pid)) - set(workers)) >= 2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=200) == 130
     run = Run.load(tmp_path)
     assert not run.info["broken"]
     assert run.info["interrupted"]
@@ -211,15 +225,9 @@ def test_killed_workers_do_not_end_the_run(tmp_path):
 
 def test_ctrl_c_stops_at_a_block_and_writes_the_run(tmp_path):
     """SIGINT: the run so far is saved and the status is 130."""
-    words = ["verify", "chi2023.lemma3", "--d-model", "64", "--n-ctx", "64", "--tolerance", "1e-5"]
-    command = [sys.executable, "-m", "nope", *words, "--workers", "2", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-    time.sleep(6)
+    process = started(tmp_path)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.wait(timeout=200) == 130, (tmp_path / "errors").read_text()
     (verdict,) = Run.load(tmp_path).verdicts
     assert verdict.verdict == "UNDECIDED"
     assert Run.load(tmp_path).info["interrupted"]
