@@ -4,30 +4,72 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from montecarlo import confidence, engines, sampler
-from montecarlo.engines import InProcess, Running
+from montecarlo import confidence, engines, memory, sampler
+from montecarlo.engines import Running
 from montecarlo.estimators import Asked, question_of
 from montecarlo.evidence import Decision, Measurement, Target
 from montecarlo.moments import Moments
 from montecarlo.provenance import Origin, Series
 from montecarlo.sampler import Conditions, Group, estimator
 from montecarlo.store import Store
-from nope.checks import expect
+from nope.checks import expect, expect_finite
 
 AHEAD = 4
 """A group's finished blocks wait for a slower one, as many as this times what is in flight."""
 
-Found = Moments | FloatingPointError
+LIMITS = {"draws": 10**12, "budget": 366 * 24 * 3600}
+"""More draws per question, or more seconds, are a mistake."""
+
+Found = Moments | Exception
+"""What a block says of a question: the error where it is not finite, or could not be computed."""
+
+
+# ------------------------------------------------------------------------------- refusals
+
+
+def require_limits(draws: int | None, budget: float | None) -> None:
+    """Raise `ValueError` for a number of draws or of seconds that cannot be meant."""
+    for name, value in (("draws", draws), ("budget", budget)):
+        if value is not None:
+            expect_finite(name, value, positive=True)
+            most = LIMITS[name]
+            expect(value <= most, f"{name} of at most {most:.3g}", value, f"change {name}")
+
+
+def require_decidable(target: Target, dtype: str) -> None:
+    """Refuse a target on which no number of draws could say anything.
+
+    Raises `LookupError` for a question without an answer and `ValueError` for a region that is
+    none, or so narrow that rounding alone may leave it.
+    """
+    target.question.require_applicable()
+    wrong = ~(target.low <= target.high)
+    if wrong.any():
+        low, high = (float(bound[wrong][0]) for bound in (target.low, target.high))
+        expect(False, "low <= high at every entry", (low, high), "swap them")
+    target.require_reachable(dtype)
+
+
+def at_once(engine: str, workers: int | None, device: str) -> int | None:
+    """How many blocks this machine's memory must hold; None for a cluster, which has its own."""
+    if engines.is_cluster(engine):
+        return None
+    return 1 if engine == "in-process" else workers or engines.default_workers(device)
+
+
+# -------------------------------------------------------------------------------- streams
 
 
 @dataclass(eq=False)
@@ -44,6 +86,7 @@ class _Stream:
     waiting: dict[int, tuple[dict[Asked, Found], float]] = field(default_factory=dict)
     moments: dict[Asked, Moments] = field(default_factory=dict)
     failures: dict[Asked, FloatingPointError] = field(default_factory=dict)
+    fitting: int = 0  # blocks that a worker's memory holds; 0 before that has been measured
     look_at: int = confidence.FIRST_LOOK
     seconds: float = 0.0
     drawn: int = 0
@@ -62,6 +105,11 @@ class _Stream:
         return self.upcoming * self.group.block_size >= self.limit
 
     @property
+    def width(self) -> int:
+        """Blocks in the next task: as many as fit, and as are merged, so that few are in vain."""
+        return max(1, min(self.fitting, self.merged))
+
+    @property
     def spent(self) -> float:
         """Seconds, each block not yet merged counted as an average one."""
         average = self.seconds / max(1, self.drawn)
@@ -72,67 +120,143 @@ class _Stream:
         """The least of these is drawn from next."""
         return self.spent, self.upcoming, self.number
 
-    def absorb(self) -> bool:
-        """Merge the next block if it is in; blocks merge in index order."""
-        if self.merged not in self.waiting:
-            return False
+    def absorb(self) -> dict[Asked, Exception]:
+        """Merge the next block, which is in; blocks merge in index order.
+
+        Returns the questions that it could not be computed for, and why.
+        """
         found, seconds = self.waiting.pop(self.merged)
+        self.merged += 1
         self.seconds += seconds
         self.drawn += seconds > 0
-        for question, moments in found.items():
-            if question not in self.questions:
-                continue
-            if isinstance(moments, FloatingPointError):
-                self.failures[question] = moments
-                self.questions.remove(question)
-                continue
-            known = self.moments.get(question)
-            self.moments[question] = known.merge(moments) if known else moments
-        self.merged += 1
-        return True
+        failed: dict[Asked, Exception] = {}
+        for question in [question for question in self.questions if question in found]:
+            match found[question]:
+                case FloatingPointError() as error:
+                    self.failures[question] = error
+                case Exception() as error:
+                    failed[question] = error
+                case Moments() as moments:
+                    known = self.moments.get(question)
+                    self.moments[question] = known.merge(moments) if known else moments
+                    continue
+            self.questions.remove(question)
+        return failed
+
+
+# --------------------------------------------------------------------------------- blocks
+
+
+class _Part(NamedTuple):
+    """A block of a task: what the store knows of it, and the questions it is computed for."""
+
+    number: int
+    known: Mapping[Asked, Moments]
+    missing: Sequence[Asked]
+
+
+class _Answer(NamedTuple):
+    """What came of a task, block by block: None where the device's memory did not suffice.
+
+    `seconds` is the time that all took together, `fitting` how many such blocks fit at once.
+    """
+
+    found: Sequence[Sequence[Found] | None]
+    seconds: float
+    fitting: int
 
 
 _ALONE = threading.Lock()
 
 
-def _timed_block(
-    group: Group, questions: Sequence[Asked], index: int, conditions: Conditions, origin: Origin
-) -> tuple[list[Found] | None, float]:
-    """A block and the seconds it took; no block where the device's memory did not suffice.
+def _computed_blocks(
+    group: Group,
+    asked: Sequence[tuple[int, Sequence[Asked]]],
+    conditions: Conditions,
+    origin: Origin,
+) -> _Answer:
+    """Blocks and what is asked of each; several are computed side by side on a GPU.
 
     Workers whose bits would be others refuse.  Threads of one process take turns, since the
     settings of `sampler.one_thread` are the process's.
     """
-    if not questions:
-        return [], 0.0
     here = Origin.here(conditions.device)
     expect(here == origin, f"workers of one kind, {origin}", here, "start all from one code")
     with _ALONE:
         begin = time.perf_counter()
-        try:
-            found = sampler.block(group, questions, index, conditions)
-            return found, time.perf_counter() - begin
-        except torch.cuda.OutOfMemoryError:
-            pass  # what the failed block holds is let go with the error, at the end of this clause
-        torch.cuda.empty_cache()  # for others on the same device
-        return None, 0.0
+        work = partial(_side_by_side, group, asked, conditions)
+        found, fitting = memory.measured(conditions.device, work)
+        seconds = time.perf_counter() - begin
+        if None in found:
+            torch.cuda.empty_cache()  # for others on the same device
+        return _Answer(found, seconds, fitting)
+
+
+def _side_by_side(
+    group: Group, asked: Sequence[tuple[int, Sequence[Asked]]], conditions: Conditions
+) -> list[list[Found] | None]:
+    """The blocks, each in a thread; within `one_thread` those of the threads change nothing."""
+    if len(asked) == 1:
+        ((index, questions),) = asked
+        return [_computed(group, questions, index, conditions)]
+
+    def compute(slot: int) -> list[Found] | None:
+        index, questions = asked[slot]
+        with memory.own_stream(conditions.device, slot):
+            return _computed(group, questions, index, conditions)
+
+    with sampler.one_thread(), ThreadPoolExecutor(len(asked)) as threads:
+        return list(threads.map(compute, range(len(asked))))
+
+
+def _computed(
+    group: Group, questions: Sequence[Asked], index: int, conditions: Conditions
+) -> list[Found] | None:
+    """A block, empty if nothing is asked of it; None where the device's memory did not suffice.
+
+    Where it fails for some other reason, each question is tried alone, and those that fail alone
+    have the error in their place.
+    """
+    try:
+        return [*sampler.block(group, questions, index, conditions)] if questions else []
+    except torch.cuda.OutOfMemoryError:
+        return None  # what the block holds is let go with the error, at the end of this clause
+    except Exception as error:
+        failure = _told(error)
+    if len(questions) == 1:
+        return [failure]
+    alone = [_computed(group, [question], index, conditions) for question in questions]
+    found = [each for one in alone if one is not None for each in one]
+    return found if len(found) == len(questions) else None
+
+
+def _told(error: Exception) -> Exception:
+    """The error without its traceback, which keeps the block's tensors; it is in a note instead."""
+    error.add_note("".join(traceback.format_exception(error)))
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 @dataclass(frozen=True, eq=False)
 class _Flight:
-    """A block on its way: what the store knew of it, and what is being computed.
+    """A task on its way: blocks of one stream.
 
-    `room` is how many blocks might be on their way when it was sent off, itself among them.
+    `room` is how many tasks might be on their way when it was sent off, itself among them.
     """
 
     stream: _Stream
-    index: int
-    known: dict[Asked, Moments]
-    missing: list[Asked]
+    parts: Sequence[_Part]
     room: int
 
 
-Flying = dict[Future[Any], _Flight]
+Flying = dict[Future[_Answer], _Flight]
+
+
+def _raise(asked: Asked, error: Exception) -> None:
+    raise error
+
+
+# ------------------------------------------------------------------------------- campaign
 
 
 class Campaign:
@@ -145,10 +269,18 @@ class Campaign:
 
     `draws` caps the draws per question (rounded up to whole blocks); `budget` stops in
     seconds and is then not deterministic; `stop` is polled after each block.  Blocks that
-    `store` holds are taken from it, and those that are computed are kept there.  Blocks lost
-    with their workers are computed again, and so are those that find no memory on their device,
-    with half as many in flight; where that fails again and again, what is known by
-    then is kept and `broken` is set.
+    `store` holds are taken from it, before any is computed, and those that are computed are kept
+    there.  `failed` is told of an error in a question's block; unless it raises it, as it does
+    when not given, the question is dropped and the others go on.
+
+    On a GPU as many blocks are computed side by side as its memory holds, by what the first of a
+    group took.  Blocks that find no memory are computed again with half as many in flight.  So are
+    blocks lost with their workers; where that happens again and again, what is known by then is
+    kept and `broken` is set.
+
+    All that is measured passes here, and is refused here: raises `LookupError` for a question
+    without an answer and `ValueError` for limits and regions that cannot be
+    (`require_limits`, `require_decidable`).
     """
 
     def __init__(
@@ -160,13 +292,12 @@ class Campaign:
         stop: Callable[[], bool] = lambda: False,
         progress: Callable[[Campaign], None] = lambda campaign: None,
         store: Store | None = None,
+        failed: Callable[[Asked, Exception], None] = _raise,
     ) -> None:
-        for name, value in (("draws", draws), ("budget", budget)):
-            if value is not None and not 0 < value < np.inf:
-                raise ValueError(f"expected {name} above 0, got {value}; change {name}")
+        require_limits(draws, budget)
         self.targets = list(targets)
         self.conditions, self.budget = conditions, budget
-        self.stop, self.progress, self.store = stop, progress, store
+        self.stop, self.progress, self.store, self.failed = stop, progress, store, failed
         self.decisions: dict[int, Decision] = {}
         self.series: dict[Asked, Series] = {}
         self.computed = 0
@@ -175,7 +306,7 @@ class Campaign:
         self._turns: list[tuple[float, int, int]] = []
         limit = draws if draws is not None else np.iinfo(np.int64).max
         for number, target in enumerate(self.targets):
-            target.question.require_applicable()
+            require_decidable(target, conditions.dtype)
             group = Group.of(target.question, conditions)
             stream = self._by_group.setdefault(group, _Stream(group, len(self._by_group), limit))
             stream.pending.append(number)
@@ -189,10 +320,15 @@ class Campaign:
         """Draw until all is decided or the draws, the budget or the patience ends.
 
         `engine` and `workers` are those of `montecarlo.engines.engine`.  Raises `ValueError`,
-        `OSError` and `ImportError` as `montecarlo.engines` and `montecarlo.store` do.
+        `OSError` and `ImportError` as `montecarlo.engines` and `montecarlo.store` do, and
+        `MemoryError` where this machine's memory will not hold the blocks.
         """
         deadline = np.inf if self.budget is None else time.perf_counter() + self.budget
-        start = engines.engine(engine, workers, self.conditions.device)
+        device = engines.device_of(engine, self.conditions.device, self.conditions.dtype)
+        start = engines.engine(engine, workers, device)
+        together = at_once(engine, workers, device)
+        if together is not None:
+            memory.require_memory(self._by_group, self.conditions, together)
         try:
             failures = 0
             while not self.broken:
@@ -227,8 +363,7 @@ class Campaign:
         heapify(self._turns)
         flying: Flying = {}
         while True:
-            ending = self._ending(deadline)
-            while not ending and len(flying) < room:
+            while len(flying) < room and not self._ending(deadline):
                 stream = self._next_stream(AHEAD * room)
                 if stream is None:
                     break
@@ -236,11 +371,7 @@ class Campaign:
             if not flying:
                 return
             for future in wait(flying, self._patience(), FIRST_COMPLETED).done:
-                flight, (found, seconds) = flying.pop(future), future.result()
-                if found is None:
-                    room = min(room, self._fewer(flight))
-                else:
-                    self._collect(flight, found, seconds)
+                room = min(room, self._land(flying.pop(future), future.result()))
             self.progress(self)
 
     def _ending(self, deadline: float) -> bool:
@@ -255,15 +386,25 @@ class Campaign:
         return told.result()
 
     def _submit(self, stream: _Stream, running: Running, origin: Origin, room: int) -> Flying:
-        """Send off the next block of a stream: what the store does not know of it."""
+        """Send off the next blocks of a stream; one that the store knows is taken in at once."""
+        parts = [self._part(stream)]
+        if not parts[0].missing:
+            self._collect(stream, parts[0], [], 0.0)
+            self.progress(self)
+            return {}
+        while len(parts) < stream.width and not stream.exhausted:
+            parts.append(self._part(stream))
+        heappush(self._turns, stream.turn)
+        asked = [(part.number, part.missing) for part in parts]
+        task = (stream.group, asked, self.conditions, origin)
+        return {running.executor.submit(_computed_blocks, *task): _Flight(stream, parts, room)}
+
+    def _part(self, stream: _Stream) -> _Part:
+        """The next block of a stream, and what the store does not know of it."""
         index = stream.upcoming
         stream.out.add(index)
         known = {q: moments for q in stream.questions if (moments := self._recall(q, index))}
-        missing = [question for question in stream.questions if question not in known]
-        executor = running.executor if missing else InProcess()
-        task = (stream.group, missing, index, self.conditions, origin)
-        heappush(self._turns, stream.turn)
-        return {executor.submit(_timed_block, *task): _Flight(stream, index, known, missing, room)}
+        return _Part(index, known, [q for q in stream.questions if q not in known])
 
     def _recall(self, question: Asked, index: int) -> Moments | None:
         return self.store.recall(self.series[question], index) if self.store else None
@@ -275,29 +416,45 @@ class Campaign:
         self.store.settle()
         return self.store.patience
 
-    def _fewer(self, flight: _Flight) -> int:
-        """Have a block that found no memory drawn again, with half as many in flight."""
-        flight.stream.out.remove(flight.index)
-        heappush(self._turns, flight.stream.turn)
-        if flight.room == 1:
-            device, group = self.conditions.device, flight.stream.group
-            raise MemoryError(
-                f"expected a block of d_model = {group.architecture.d_model}, n_ctx = "
-                f"{group.architecture.n_ctx} to fit into the memory of {device}, got none free; "
-                "use cpu or smaller sizes"
-            )
-        return flight.room // 2
+    def _land(self, flight: _Flight, answer: _Answer) -> int:
+        """Take in what came of a task; how many may now be on their way.
 
-    def _collect(self, flight: _Flight, found: list[Found], seconds: float) -> None:
-        """Take in a block that came back, have what is new kept, and look if it is time."""
-        stream, index = flight.stream, flight.index
-        stream.out.remove(index)
-        fresh = dict(zip(flight.missing, found, strict=True))
-        stream.waiting[index] = ({**flight.known, **fresh}, seconds)
+        Blocks that found no memory are drawn again: fewer side by side, then in fewer tasks.
+        """
+        stream, seconds = flight.stream, answer.seconds / len(flight.parts)
+        for part, found in zip(flight.parts, answer.found, strict=True):
+            if found is not None:
+                self._collect(stream, part, found, seconds)
+            elif len(flight.parts) == flight.room == 1:
+                self._collect(stream, part, [self._no_memory(stream)] * len(part.missing), 0.0)
+            else:
+                stream.out.remove(part.number)
+                heappush(self._turns, stream.turn)
+        if None not in answer.found:
+            stream.fitting = stream.fitting or answer.fitting
+            return flight.room
+        stream.fitting = max(1, len(flight.parts) // 2)
+        return flight.room if len(flight.parts) > 1 else max(1, flight.room // 2)
+
+    def _no_memory(self, stream: _Stream) -> MemoryError:
+        architecture = stream.group.architecture
+        return MemoryError(
+            f"expected a block of d_model = {architecture.d_model}, n_ctx = {architecture.n_ctx} "
+            f"to fit into the memory of {self.conditions.device}, got none free; use cpu or "
+            "smaller sizes"
+        )
+
+    def _collect(
+        self, stream: _Stream, part: _Part, found: Sequence[Found], seconds: float
+    ) -> None:
+        """Take in a block, have what is new kept, and look if it is time."""
+        stream.out.remove(part.number)
+        fresh = dict(zip(part.missing, found, strict=True))
+        stream.waiting[part.number] = ({**part.known, **fresh}, seconds)
         self.computed += len(fresh)
         for question, moments in fresh.items():
             if self.store and isinstance(moments, Moments):
-                self.store.keep(self.series[question], index, moments)
+                self.store.keep(self.series[question], part.number, moments)
         self._advance(stream)
         heappush(self._turns, stream.turn)
 
@@ -315,7 +472,9 @@ class Campaign:
         return None
 
     def _advance(self, stream: _Stream) -> None:
-        while stream.questions and stream.absorb():
+        while stream.questions and stream.merged in stream.waiting:
+            for question, error in stream.absorb().items():
+                self.failed(question, error)
             if stream.draws >= stream.look_at:
                 self._look(stream)
                 stream.look_at = confidence.next_look(stream.draws)

@@ -52,8 +52,9 @@ def measure(
     (`montecarlo.estimators`).
 
     Raises `LookupError` for a question without an answer, `ValueError` for a device or dtype
-    that cannot be, `FloatingPointError` where an observable is not finite, `OSError` for a store
-    that cannot be used.
+    that cannot be, `MemoryError` for blocks that do not fit, `FloatingPointError` where an
+    observable is not finite (which, where and in which draw), `OSError` for a store that cannot be
+    used.
     """
     asked = [questions] if isinstance(questions, Question) else list(questions)
     targets = []
@@ -94,17 +95,16 @@ def decide(
     `error_rate` bounds the probability of a wrong CONFIRMED or REFUTED, half each.  Stops at
     the decision, at `draws` (100,000 if neither limit is given) or after `budget` seconds.
     The other options are those of `measure`.
+
+    Raises what `measure` does, and `ValueError` for bounds that no number of draws can decide:
+    in the wrong order, or closer than the rounding of `dtype`.
     """
     if not 0 < error_rate < 1:
         raise ValueError(f"expected error_rate between 0 and 1, got {error_rate}; change it")
     question.require_applicable()
-    bounds = [np.broadcast_to(np.asarray(x, dtype=float), question.shape) for x in (low, high)]
-    if not (bounds[0] <= bounds[1]).all():
-        raise ValueError(
-            f"expected low <= high at every entry, got {low!r} and {high!r}; swap them"
-        )
+    bottom, top = (np.broadcast_to(np.asarray(x, dtype=float), question.shape) for x in (low, high))
     share, way = error_rate / 2, best(question) if integrate else None
-    target = Target(question, bounds[0], bounds[1], share, share, integrated=way)
+    target = Target(question, bottom, top, share, share, integrated=way)
     conditions = Conditions(
         seed, device_of(engine, device, dtype), dtype, sampler=sampler, inputs=inputs
     )

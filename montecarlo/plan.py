@@ -1,4 +1,4 @@
-"""What a decision takes: how many draws, what they could have seen, how much memory.
+"""What a decision takes: how many draws, and what they could have seen.
 
 A pilot's mean, variance and skewness are projected to more draws, and the confidence sequence
 itself says how wide its intervals will then be.  The mean of a run is noisy too; by the number
@@ -7,20 +7,16 @@ of draws given here a verdict has fallen in at least `POWER` of all runs.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy import stats
 
 from montecarlo.confidence import FIRST_LOOK
 from montecarlo.decide import measure
 from montecarlo.evidence import Measurement, Target
-from montecarlo.sampler import Conditions, Group
 from nope.checks import expect, expect_finite
-from nope.devices import DTYPES
 from nope.questions import Question
 
 POWER = 0.9
@@ -138,39 +134,3 @@ def _smallest(holds: Callable[[int], bool]) -> float:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)
     return float(max(high, FIRST_LOOK))
-
-
-# ------------------------------------------------------------------------------- memory
-
-
-def block_bytes(group: Group, dtype: str, device: str = "cpu") -> int:
-    """Roughly how much memory a block of draws takes while it is computed, chunk by chunk.
-
-    That is a step's working set and as much again for what is looked at later.
-    """
-    numbers = 2 * group.working_set * group.chunk_size(device)
-    return numbers * torch.finfo(DTYPES[dtype]).bits // 8
-
-
-def memory(device: str) -> int:
-    """The bytes of memory that a device has; a very large number where it does not say."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # no such call, or no such name, on this system
-        return MOST_DRAWS
-
-
-def require_memory(groups: Iterable[Group], conditions: Conditions, workers: int = 1) -> None:
-    """Raise `MemoryError` where a block on each of `workers` is more than the device holds."""
-    there = memory(conditions.device)
-    for group in groups:
-        wanted = block_bytes(group, conditions.dtype, conditions.device) * workers
-        if wanted > there:
-            d_model, n_ctx = group.architecture.d_model, group.architecture.n_ctx
-            raise MemoryError(
-                f"expected blocks that fit into {there / 2**30:.3g} GiB, got {workers} at once of "
-                f"{wanted / workers / 2**30:.3g} GiB for d_model = {d_model}, n_ctx = {n_ctx}; use "
-                f"{'fewer workers' if workers * there >= wanted > there else 'smaller sizes'}"
-            )

@@ -169,6 +169,7 @@ class Conditions:
 
     def __post_init__(self) -> None:
         expect_count("seed", self.seed, least=0)
+        expect_choice("dtype", self.dtype, tuple(DTYPES))
         expect_choice("sampler", self.sampler, SAMPLERS)
         expect_count("inputs", self.inputs)
 

@@ -31,7 +31,7 @@ from montecarlo.provenance import Series, digest_of
 FILE = "evidence.sqlite"
 APPLICATION = int.from_bytes(b"nope", "big")
 """SQLite's `application_id`: what tells a store from other programs' databases."""
-VERSION = 1
+VERSION = 2
 """SQLite's `user_version`: that of the tables below."""
 
 COMMIT_SECONDS = 1.0
@@ -49,8 +49,12 @@ CREATE TABLE block (
     mean BLOB NOT NULL, second BLOB NOT NULL, third BLOB NOT NULL, checksum TEXT NOT NULL,
     PRIMARY KEY (series, number)
 );
+CREATE TABLE note (key TEXT PRIMARY KEY, content BLOB NOT NULL, checksum TEXT NOT NULL);
 """
-"""`mean`, `second` and `third` are those of `Moments`: float64, little-endian, in C order."""
+"""`mean`, `second` and `third` are those of `Moments`: float64, little-endian, in C order.
+
+A note is whatever else a run need not find out twice, under a key of its maker's.
+"""
 
 HEADER = (
     "PRAGMA application_id",
@@ -78,6 +82,7 @@ class Store:
         self.path = Path(directory) / FILE
         self.recalled = self.added = 0
         self._waiting: list[tuple[Series, int, Moments]] = []
+        self._notes: list[tuple[str, bytes, str]] = []
         self._committed = -math.inf
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,11 +136,27 @@ class Store:
         if series.digest is not None:
             self._waiting.append((series, number, moments))
 
+    def noted(self, key: str) -> bytes | None:
+        """What was noted under a key; None where nothing was."""
+        with self._refused("to read"):
+            query = "SELECT content, checksum FROM note WHERE key=?"
+            row = self._file.execute(query, (key,)).fetchone()
+        if row is None:
+            return None
+        content, checksum = row
+        if checksum != digest_of([content]):
+            raise self._refusal("to read", f"a damaged note {key}", REMEDIES["SQLITE_CORRUPT"])
+        return bytes(content)
+
+    def note(self, key: str, content: bytes) -> None:
+        """Have a note committed, as a block is."""
+        self._notes.append((key, content, digest_of([content])))
+
     @property
     def patience(self) -> float | None:
         """Seconds until a commit is due; None where there is nothing to commit."""
         due = self._committed + COMMIT_SECONDS
-        return max(0.0, due - time.monotonic()) if self._waiting else None
+        return max(0.0, due - time.monotonic()) if self._waiting or self._notes else None
 
     def settle(self) -> None:
         """Commit if it is due."""
@@ -144,14 +165,16 @@ class Store:
 
     def commit(self) -> None:
         """Write what waits, all of it or nothing."""
-        if not self._waiting:
+        if not self._waiting and not self._notes:
             return
         series = {series.digest: series.row for series, _, _ in self._waiting}
         with self._refused("to write"), self._transaction():
             self._insert("series", (tuple(row.values()) for row in series.values()))
             self._insert("block", (_row(*waiting) for waiting in self._waiting))
+            self._insert("note", self._notes)
         self.added += len(self._waiting)
         self._waiting.clear()
+        self._notes.clear()
         self._committed = time.monotonic()
 
     def _insert(self, table: str, rows: Iterable[tuple[Any, ...]]) -> None:

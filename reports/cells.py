@@ -28,7 +28,7 @@ from nope.operations import ActivationName, NormKind
 from nope.questions import OBSERVABLES, Question
 from nope.tokens import GaussianTokens
 from reports import grids
-from theory.claims import Claim, best_theory
+from theory.claims import Claim, PredictionLike, best_theory
 from theory.predict import Asked, Prediction, predict
 
 LARGEST = 1_000_000
@@ -203,15 +203,19 @@ class Cell:
 
     def claim(self, question: Question) -> Claim:
         """That the theory at the cell's fidelity is right, within the cell's band."""
-        fidelity, found = self.at["fidelity"], self.prediction(question)
-        bare = self.at["band"] == "tolerance"
+        found, bare = self.prediction(question), self.at["band"] == "tolerance"
+        banded = partial(predict, fidelity=self.at["fidelity"])
+        return self.asserting(question, found.status, found.values if bare else banded)
+
+    def asserting(self, question: Question, status: str, prediction: PredictionLike) -> Claim:
+        """That a prediction is right."""
         return Claim(
-            id=f"theory.{fidelity}",
+            id=f"theory.{self.at['fidelity']}",
             statement="The theory is right.",
             source="theory.predict",
-            status=found.status,
+            status=status,
             questions=question,
-            prediction=found.values if bare else partial(predict, fidelity=fidelity),
+            prediction=prediction,
             expected=best_theory,
         )
 

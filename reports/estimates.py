@@ -16,7 +16,7 @@ from montecarlo.plan import draws_needed
 from montecarlo.sampler import Group
 from reports import suite
 from reports.cells import Cell, by_setting, cells
-from reports.forecasts import forecast, line
+from reports.forecasts import forecast, line, possible
 from reports.suite import Case
 from reports.sweep import require
 from theory.claims import best_theory
@@ -69,7 +69,9 @@ def estimate(
     ]
     sample = _spread(sorted(groups, key=_elements))
     begin = time.perf_counter()
-    asked = [forecast(cell, tolerance) for group in sample for cell in group]
+    asked = [
+        possible(forecast(cell, tolerance), made, workers) for group in sample for cell in group
+    ]
     predicting = time.perf_counter() - begin
     judged = [case for one in asked if (case := one.judged)]
     count, each = max(1, len(asked)), len(groups) / max(1, len(sample))

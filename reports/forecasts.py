@@ -12,7 +12,7 @@ import numpy as np
 from montecarlo import Conditions
 from montecarlo.engines import Running, in_process
 from montecarlo.engines import engine as engine_of
-from montecarlo.plan import require_memory
+from montecarlo.memory import require_memory
 from montecarlo.sampler import Group
 from reports import suite
 from reports.cells import Cell, by_setting

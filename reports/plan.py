@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from montecarlo import Campaign, Conditions
-from montecarlo.plan import MOST_DRAWS, block_bytes, detectable, draws_needed
+from montecarlo.memory import block_bytes
+from montecarlo.plan import MOST_DRAWS, detectable, draws_needed
 from montecarlo.sampler import Group
 from reports.suite import Case, targets_of
 

@@ -21,10 +21,10 @@ import numpy as np
 import sympy as sp
 
 from montecarlo import Campaign, Conditions, Decision, Target, exponent
-from montecarlo.engines import default_workers, device_of, is_cluster
+from montecarlo.campaign import require_limits
+from montecarlo.engines import device_of
 from montecarlo.estimators import Integrated, best
-from montecarlo.plan import detectable, more_draws, require_memory
-from montecarlo.sampler import Group
+from montecarlo.plan import detectable, more_draws
 from montecarlo.store import opened
 from nope.checks import expect
 from nope.questions import Question
@@ -87,8 +87,7 @@ def targets_of(cases: Sequence[Case], error_rate: float, plain: bool = True) -> 
 
     Unless `plain`, a claim is measured by an estimator that spends what the claim assumes.
     """
-    if not 0 < error_rate < 1:
-        raise ValueError(f"expected error_rate between 0 and 1, got {error_rate}; change it")
+    _require_rate(error_rate)
     judged = [(case.claim, case.region) for case in cases if case.region is not None]
     share = error_rate / 2 / max(1, len(judged))
     return [
@@ -102,6 +101,10 @@ def targets_of(cases: Sequence[Case], error_rate: float, plain: bool = True) -> 
         )
         for claim, region in judged
     ]
+
+
+def _require_rate(error_rate: float) -> None:
+    expect(0 < error_rate < 1, "error_rate between 0 and 1", error_rate, "change it")
 
 
 def estimator_of(claim: Claim, question: Question) -> Integrated | None:
@@ -175,14 +178,15 @@ def verify(
     """
     begin = time.perf_counter()
     chosen = _chosen(claims)
-    cases = cases_of(chosen, tolerance)
     conditions = Conditions(
         seed, device_of(engine, device, dtype), dtype, sampler=sampler, inputs=inputs
     )
+    require_limits(draws, budget)
+    _require_rate(error_rate)
     if budget is None and draws is None:
         budget = BUDGET
+    cases = cases_of(chosen, tolerance)
     targets = targets_of(cases, error_rate, plain)
-    _require_possible(targets, conditions, engine, workers)
     judged = [case for case in cases if case.region is not None]
     with opened(out) as store:
         campaign = Campaign(targets, conditions, draws, budget, stop, progress, store)
@@ -219,17 +223,6 @@ def verify(
     if out is not None:
         run.save(out)
     return run
-
-
-def _require_possible(
-    targets: Sequence[Target], conditions: Conditions, engine: str, workers: int | None
-) -> None:
-    """Refuse before the work what no number of draws reaches, and what does not fit."""
-    for target in targets:
-        target.require_reachable(conditions.dtype)
-    if not is_cluster(engine):
-        groups = dict.fromkeys(Group.of(target.question, conditions) for target in targets)
-        require_memory(groups, conditions, workers or default_workers(conditions.device))
 
 
 # ------------------------------------------------------------------------ one verdict

@@ -6,26 +6,30 @@ rate for all cells together.  Cells that differ in fidelity or in what they ask 
 The result is one tidy table (`reports.tables.COLUMNS`): a row per cell and judged position.  In
 each cell one row is marked `worst`, so that `table[table.worst]` has a row per cell.  What cannot
 be judged (heads that do not divide the width, a formula that is not known, a number that is not
-finite) is a cell of one row with its reason, and the others go on.
+finite, a block that fails) is a cell with its reason, and the others go on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from montecarlo import Campaign, Conditions
-from montecarlo.engines import default_workers, device_of, is_cluster
+from montecarlo.campaign import at_once, require_limits
+from montecarlo.engines import device_of
+from montecarlo.estimators import Asked
 from montecarlo.store import opened
-from nope.checks import expect_finite
 from reports import suite
-from reports.cells import cells, read
-from reports.forecasts import Progress, forecasts, possible
+from reports.cells import Cell, cells, read
+from reports.forecasts import Forecast, Progress, forecasts, line, possible
+from reports.kept import recalled
 from reports.tables import COLUMNS, SCHEMA, require_pyarrow, save, tabulate
+from reports.verdicts import UNDECIDED
 
 WATCH_SECONDS = 0.25
 """How often progress is told."""
@@ -56,7 +60,8 @@ def sweep(
     error_rate: probability of any wrong CONFIRMED or REFUTED in the whole table, half each
     budget:     seconds to draw for; 600 unless `draws` is given
     draws:      draws per cell at most, rounded up to whole blocks
-    out:        directory for `sweep.parquet` and the evidence; evidence it holds is used again
+    out:        directory for `sweep.parquet`, the evidence and the theory's answers; those that it
+                holds are used again
     worst_only: keep the worst position of each cell only
 
     The others are those of `reports.verify`, and so is what they promise: with `draws` the table
@@ -73,15 +78,25 @@ def sweep(
     require(error_rate, tolerance, draws, budget)
     if out is not None:
         require_pyarrow()
+    errors: dict[Asked, Exception] = {}
+
+    def ask(left: Sequence[Cell], told: Progress) -> list[Forecast]:
+        return forecasts(left, tolerance, engine, workers, where, stop, told)
+
     with opened(out) as store:
-        asked = forecasts(found, tolerance, engine, workers, where, stop, progress)
-        here = None if is_cluster(engine) else workers or default_workers(where)
-        asked = [possible(one, conditions, here) for one in asked]
+        here = at_once(engine, workers, where)
+        asked = [
+            possible(one, conditions, here)
+            for one in recalled(found, tolerance, store, ask, progress)
+        ]
         judged = {k: one.judged for k, one in enumerate(asked) if one.judged}
         targets = suite.targets_of(list(judged.values()), error_rate)
-        watch = _Watch(progress, budget)
-        campaign = Campaign(targets, conditions, draws, budget, stop, watch, store)
+        watch, failed = _Watch(progress, budget), errors.__setitem__
+        campaign = Campaign(targets, conditions, draws, budget, stop, watch, store, failed)
         decisions = dict(zip(judged, campaign.run(workers, engine=engine), strict=True))
+    for k in [k for k, decision in decisions.items() if decision.target.asked in errors]:
+        error = errors[decisions.pop(k).target.asked]
+        asked[k] = replace(asked[k], reason=line(error), without=UNDECIDED)
     table = tabulate(found, asked, decisions, worst_only)
     table.attrs = {
         "schema": SCHEMA,
@@ -112,9 +127,7 @@ def require(error_rate: float, tolerance: float, draws: int | None, budget: floa
     """Refuse before the theory is asked what would be refused after it."""
     suite.cases_of((), tolerance)
     suite.targets_of((), error_rate)
-    for name, value in (("draws", draws), ("budget", budget)):
-        if value is not None:
-            expect_finite(name, value, positive=True)
+    require_limits(draws, budget)
 
 
 class _Watch:

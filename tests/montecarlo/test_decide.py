@@ -1,12 +1,16 @@
 """Decisions and measurements as a caller sees them."""
 
 import math
+import time
+from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
 
+import montecarlo
 import nope
-from montecarlo import Measurement, decide, measure
+from montecarlo import Measurement, decide, measure, memory, sampler
 from montecarlo.campaign import Campaign
 from montecarlo.confidence import FIRST_LOOK
 from montecarlo.evidence import Target
@@ -87,8 +91,13 @@ def test_a_budget_of_no_time_decides_nothing():
     assert (found.high == np.inf).all()
 
 
-def test_a_budget_ends_what_would_not_end():
-    """With the truth on the edge only the budget stops the run, at the end of a block."""
+def test_a_budget_ends_what_would_not_end(monkeypatch):
+    """With the truth on the edge only the budget stops the run, at the end of a block.
+
+    The clock goes on when it is looked at, so that a slow machine draws as much.
+    """
+    looks = count()
+    monkeypatch.setattr(time, "perf_counter", lambda: next(looks) / 100)
     found = decide(query(), TRUTH, 2 * TRUTH, error_rate=1e-9, budget=0.3, workers=1)
     assert found.verdict == "UNDECIDED"
     assert found.measurement.draws % BLOCK == 0
@@ -107,10 +116,13 @@ IMPOSSIBLE = {
     "error rate 0": ({"error_rate": 0.0}, "expected error_rate between 0 and 1, got 0.0"),
     "error rate 1": ({"error_rate": 1.0}, "expected error_rate between 0 and 1, got 1.0"),
     "error rate NaN": ({"error_rate": math.nan}, "expected error_rate between 0 and 1, got nan"),
-    "no draws": ({"draws": 0}, "expected draws above 0, got 0"),
-    "negative draws": ({"draws": -5}, "expected draws above 0, got -5"),
-    "no budget": ({"budget": 0.0}, "expected budget above 0, got 0.0"),
-    "endless budget": ({"budget": math.inf}, "expected budget above 0, got inf"),
+    "no draws": ({"draws": 0}, "expected draws to be a finite positive number, got 0"),
+    "negative draws": ({"draws": -5}, "expected draws to be a finite positive number, got -5"),
+    "no budget": ({"budget": 0.0}, "expected budget to be a finite positive number, got 0.0"),
+    "endless budget": ({"budget": math.inf}, "expected budget to be a finite .*, got inf"),
+    "budget NaN": ({"budget": math.nan}, "expected budget to be a finite .*, got nan"),
+    "ages": ({"budget": 1e9}, r"expected budget of at most 3.16e\+07, got 1000000000.0"),
+    "draws for ages": ({"draws": 10**15}, r"expected draws of at most 1e\+12, got 10{15};"),
     "low above high": ({"low": 2.0}, "expected low <= high"),
     "NaN bound": ({"high": math.nan}, "expected low <= high"),
     "unknown dtype": ({"dtype": "float16"}, "expected dtype float32 or float64, got 'float16'"),
@@ -126,6 +138,135 @@ def test_wrong_arguments_are_refused(changes, message):
     arguments = {"low": 0.0, "high": 1.0, "draws": 1, "workers": 1} | changes
     with pytest.raises(ValueError, match=message):
         decide(query(), **arguments)
+
+
+HUGE = nope.Question(
+    nope.decoder(2**24, 1, n_ctx=2), nope.init.normal(1.0), "blocks.0.attn.q", "second_moment"
+)
+
+
+def everywhere(question, **options):
+    bound = np.full(question.shape, np.inf)
+    return Campaign([Target(question, -bound, bound, 0.5, 0.5)], Conditions(), **options)
+
+
+DOORS = {
+    "measure": lambda question, **options: measure(question, **options),
+    "decide": lambda question, **options: decide(question, 0.0, 1.0, workers=1, **options),
+    "plan": lambda question, **options: montecarlo.plan(question, 0.1, **options),
+    "campaign": lambda question, **options: everywhere(question, **options).run(),
+}
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_memory_that_will_not_suffice_is_refused_at_every_door(door, monkeypatch):
+    """By an estimate, before anything is drawn; also what is only too much for this machine."""
+    monkeypatch.setattr(sampler, "block", None)
+    with pytest.raises(MemoryError, match=r"expected blocks that fit into .* GiB, got 1 at once"):
+        door(replace(HUGE, init=nope.init.xavier_uniform()))  # no fewer numbers will do
+    monkeypatch.setattr(memory, "capacity", lambda device: 2**10)
+    with pytest.raises(MemoryError, match="d_model = 16, n_ctx = 4; use smaller sizes"):
+        door(query())
+
+
+@pytest.mark.parametrize("door", [DOORS["measure"], DOORS["decide"], DOORS["plan"]])
+def test_devices_that_are_not_there_are_refused_at_every_door(door):
+    """By name; the campaign has it from its conditions."""
+    with pytest.raises(ValueError, match=r"expected device cuda:7 to be there, got .*; use cpu"):
+        door(query(), device="cuda:7")
+    target = Target(query(), np.zeros(4), np.ones(4), 0.1, 0.1)
+    with pytest.raises(ValueError, match="expected device cuda:7 to be there"):
+        Campaign([target], Conditions(device="cuda:7")).run()
+    with pytest.raises(ValueError, match="expected dtype to be one of float32, float64"):
+        Conditions(dtype="float16")
+
+
+def test_bands_that_no_number_of_draws_reaches_are_refused(monkeypatch):
+    """In float32, naming float64; before anything is drawn."""
+    low, high = np.full(4, 1 - 1e-8), np.full(4, 1 + 1e-8)
+    assert decide(query(), low, high, dtype="float64", draws=1, workers=1).verdict == "UNDECIDED"
+    monkeypatch.setattr(sampler, "block", None)
+    with pytest.raises(ValueError, match=r"rounding of float32, for second_moment .*use float64"):
+        decide(query(), low, high, workers=1)
+    with pytest.raises(ValueError, match=r"rounding of float32, for second_moment .*use float64"):
+        Campaign([Target(query(), low, high, 0.1, 0.1)], Conditions())
+
+
+@pytest.mark.parametrize("low", [2.0, math.nan])
+def test_regions_that_are_none_are_refused_by_the_campaign(low):
+    """The first entry that is wrong is told; what is no number asserts nothing and is no bound."""
+    target = Target(query(), np.array([0.0, 0.0, low, 0.0]), np.ones(4), 0.1, 0.1)
+    with pytest.raises(
+        ValueError, match=rf"expected low <= high at every entry, got \({low}, 1.0\)"
+    ):
+        Campaign([target], Conditions())
+
+
+@pytest.mark.parametrize("door", [DOORS["measure"], DOORS["decide"]])
+def test_what_is_not_finite_is_told_with_its_place_and_draw(door):
+    """float32 ends at 3e38: the fourth moment of a key of size 1e12 does not fit."""
+    question = replace(query("kurtosis"), init=nope.init.normal(1e12))
+    with pytest.raises(FloatingPointError, match=r"kurtosis at .*attn\.q, got inf in draw 0 at"):
+        door(question, sampler="real")
+
+
+def test_limits_on_a_container_count(monkeypatch, tmp_path):
+    """Less than the machine has; a file that says "max", or is not there, limits nothing."""
+    limit, nothing = tmp_path / "limit", tmp_path / "max"
+    limit.write_text("4096\n")
+    nothing.write_text("max\n")
+    monkeypatch.setattr(memory, "LIMITS", (nothing, limit, tmp_path / "none"))
+    assert memory.capacity("cpu") == 4096
+    monkeypatch.setattr(memory, "LIMITS", (nothing,))
+    assert memory.capacity("cpu") > 2**20
+
+
+# ---------------------------------------------------------------------- blocks that fail
+
+
+class Failing:
+    """`sampler.block`, which fails wherever a place is asked for."""
+
+    def __init__(self, place, error):
+        self.place, self.error, self.compute = place, error, sampler.block
+
+    def __call__(self, group, questions, index, conditions):
+        if any(question.place == self.place for question in questions):
+            raise self.error
+        return self.compute(group, questions, index, conditions)
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), TypeError("a bug")], ids=repr)
+def test_an_error_in_a_block_is_raised_with_where_it_came_from(monkeypatch, error):
+    """By its own type; the traceback of a worker does not travel, and is told in a note."""
+    monkeypatch.setattr(sampler, "block", Failing("blocks.0.attn.q", error))
+    with pytest.raises(type(error), match=str(error)) as raised:
+        measure([query(), query(place="ln_final")])
+    assert "in __call__" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), TypeError("a bug")], ids=repr)
+def test_the_others_go_on_where_it_is_told_instead(monkeypatch, error):
+    """A question of the same draws and one of others have the evidence that they have alone."""
+    fine = [query(place="ln_final"), query("cosine", "ln_final", n_ctx=5)]
+    expected = [found.mean for found in measure(fine, 3 * BLOCK, sampler="real")]
+    monkeypatch.setattr(sampler, "block", Failing("blocks.0.attn.q", error))
+    asked, told = [query(), *fine], []
+    bounds = [np.full(question.shape, np.inf) for question in asked]
+    targets = [Target(q, -b, b, 0.5, 0.5) for q, b in zip(asked, bounds, strict=True)]
+    run = Campaign(targets, Conditions(), 3 * BLOCK, failed=lambda *found: told.append(found))
+    failed, *others = run.run()
+    assert told == [(asked[0], error)]
+    assert (failed.verdict, failed.measurement) == ("UNDECIDED", None)
+    for found, mean in zip(others, expected, strict=True):
+        assert np.array_equal(found.measurement.mean, mean)
+
+
+def test_an_interrupt_is_no_failing_block(monkeypatch):
+    """Ctrl-C a second time ends the run."""
+    monkeypatch.setattr(sampler, "block", Failing("blocks.0.attn.q", KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        everywhere(query(), failed=lambda *found: None).run()
 
 
 def test_bounds_of_another_shape_are_refused():

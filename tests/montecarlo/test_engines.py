@@ -5,9 +5,12 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import distributed
@@ -18,9 +21,20 @@ import torch
 from distributed import LocalCluster
 
 import nope
-from montecarlo import Campaign, Conditions, Target, campaign, decide, engines, measure
+from montecarlo import (
+    Campaign,
+    Conditions,
+    Target,
+    campaign,
+    decide,
+    engines,
+    measure,
+    memory,
+    sampler,
+)
 from montecarlo.provenance import Origin
 from montecarlo.sampler import Group
+from montecarlo.store import Store
 
 INIT = nope.init.normal(0.3)
 PLACES = (("blocks.0.attn.q", "second_moment"), ("ln_final", "kernel_cosine"))
@@ -45,9 +59,21 @@ def started():
 
 @pytest.fixture
 def cluster(started):
-    """The cluster with both its workers, though a test before has killed one."""
-    with distributed.Client(started, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=engines.WORKER_SECONDS)
+    """The cluster with both its workers, though a test before has killed one.
+
+    What the scheduler counts may be one that is dead already, and its place not yet filled.
+    """
+
+    def whole():
+        alive = [
+            n.worker_address for n in started.workers.values() if psutil.pid_exists(n.pid or 0)
+        ]
+        return len(alive) == 2 and set(alive) == set(started.scheduler.workers)
+
+    deadline = time.monotonic() + engines.WORKER_SECONDS
+    while not whole() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert whole()
     return started
 
 
@@ -71,8 +97,11 @@ def expected():
 
 def local_workers():
     """The worker processes that loky has started for this one."""
-    children = psutil.Process().children()
-    return [child.pid for child in children if "popen_loky" in " ".join(child.cmdline())]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):  # it has ended since
+            found += [child.pid] if "popen_loky" in " ".join(child.cmdline()) else []
+    return found
 
 
 def killing(victims):
@@ -118,11 +147,12 @@ def test_workers_that_cannot_live_are_not_started_for_ever(monkeypatch):
 def test_a_cluster_gives_the_same_bits_and_survives_a_worker(cluster, expected):
     """One of the two workers is killed at work; Dask computes its blocks again."""
 
-    def busy():
-        at_work = {worker.address for worker in cluster.scheduler.running if worker.processing}
-        return [n.pid for n in cluster.workers.values() if n.worker_address in at_work]
+    def busiest_first():
+        work = {address: len(w.processing) for address, w in cluster.scheduler.workers.items()}
+        nannies = cluster.workers.values()
+        return [n.pid for n in sorted(nannies, key=lambda n: -work.get(n.worker_address, 0))]
 
-    progress = killing(busy)
+    progress = killing(busiest_first)
     run = asked(progress=progress)
     assert bits(run.run(None, engine=cluster.scheduler_address)) == expected
     assert 0 < progress.killed[0] < BLOCKS
@@ -166,8 +196,8 @@ def test_workers_of_another_kind_are_refused():
     (question, _), here = ASKED, Origin.here("cpu")
     for change in ({"sources": "old"}, {"build": "torch 1"}, {"device": "cpu ENIAC"}):
         with pytest.raises(ValueError, match="expected workers of one kind"):
-            campaign._timed_block(
-                Group.of(question), [question], 0, Conditions(), replace(here, **change)
+            campaign._computed_blocks(
+                Group.of(question), [(0, [question])], Conditions(), replace(here, **change)
             )
 
 
@@ -193,20 +223,130 @@ def test_threads_of_one_worker_take_turns():
     """The settings of one block are not put back by another, so each keeps to one thread."""
     question = replace(ASKED[0], init=Noting())
     group = Group.of(question)
-    task = (group, [question])
+    Noting.noted.clear()
     torch.set_num_threads(2)
     try:
         with ThreadPoolExecutor(3) as executor:
             here = Origin.here("cpu")
             sent = [
-                executor.submit(campaign._timed_block, *task, k, Conditions(), here)
+                executor.submit(
+                    campaign._computed_blocks, group, [(k, [question])], Conditions(), here
+                )
                 for k in range(6)
             ]
-            assert all(future.result()[0] for future in sent)
+            assert all(future.result().found[0] for future in sent)
     finally:
         torch.set_num_threads(1)
     assert len(Noting.noted) == 6 * group.block_size // group.chunk_size()  # a draw per chunk
     assert set(Noting.noted) == {(1, 1)}
+
+
+# -------------------------------------------------------------------- blocks side by side
+
+
+@pytest.mark.parametrize(
+    ("free", "block", "fitting"),
+    [
+        (80 * 2**30, 6 * 2**30, 12),  # 13.3, a tenth left free
+        (10, 5, 1),
+        (5, 10, 1),  # the first has been computed, so one is
+        (0, 10, 1),
+        (80 * 2**30, 1, memory.STREAMS),
+        (80 * 2**30, 0, memory.STREAMS),  # what held nothing
+    ],
+)
+def test_as_many_blocks_as_the_measured_memory_holds(free, block, fitting):
+    assert memory.fitting(free, block) == fitting
+    assert fitting == 1 or fitting * block <= memory.FILLED * free
+
+
+class Device:
+    """A GPU with memory for some blocks at a time, as far as a campaign can see."""
+
+    def __init__(self, monkeypatch, blocks, claimed):
+        self.blocks, self.claimed = blocks, claimed
+        self.tasks, self.refused, self.threads = [], 0, set()
+        self.compute, side_by_side = sampler.block, campaign._side_by_side
+
+        def noting(group, asked, conditions):
+            self.tasks.append(len(asked))
+            return side_by_side(group, asked, conditions)
+
+        monkeypatch.setattr(memory, "measured", lambda device, work: (work(), self.claimed))
+        monkeypatch.setattr(campaign, "_side_by_side", noting)
+        monkeypatch.setattr(sampler, "block", self.block)
+
+    def block(self, group, questions, index, conditions):
+        self.threads.add(threading.get_ident())
+        if self.tasks[-1] > self.blocks and index % 2:
+            self.refused += 1
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return self.compute(group, questions, index, conditions)
+
+
+def test_blocks_side_by_side_have_the_same_bits(expected, monkeypatch):
+    """One is measured, then as many as have been, up to what fits; each in a thread of its own."""
+    device = Device(monkeypatch, blocks=8, claimed=8)
+    assert bits(asked().run(engine="in-process")) == expected
+    assert device.tasks == [1, 1, 2, 4, 8, 8]
+    assert sum(device.tasks) == BLOCKS
+    assert len(device.threads) > 1
+
+
+def test_side_by_side_out_of_memory_is_halved_to_the_same_bits(expected, monkeypatch):
+    """Free memory promised 8, and 3 fit: what found none is drawn again, never more than fit."""
+    device = Device(monkeypatch, blocks=3, claimed=8)
+    assert bits(asked().run(engine="in-process")) == expected
+    assert device.tasks[:4] == [1, 1, 2, 4]
+    assert set(device.tasks[4:]) == {2}
+    assert device.refused == 2
+
+
+def test_side_by_side_only_what_is_missing_is_computed(expected, monkeypatch, tmp_path):
+    """The store knows half the blocks of one of two questions."""
+    with Store(tmp_path) as store:
+        targets = asked().targets[:1]
+        Campaign(targets, Conditions(), DRAWS // 2, store=store).run()
+        again = asked(store=store)
+        device = Device(monkeypatch, blocks=8, claimed=8)
+        assert bits(again.run(engine="in-process")) == expected
+        assert again.computed == 2 * BLOCKS - BLOCKS // 2
+        assert sum(device.tasks) == BLOCKS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpus_blocks_have_the_same_bits_side_by_side(monkeypatch):
+    """Several fit by what the first took, in streams of their own; alone they are the same."""
+    group, conditions = Group.of(ASKED[0]), Conditions(device="cuda")
+    work = partial(sampler.block, group, ASKED, 0, conditions)
+    _, fitting = memory.measured("cuda", work)
+    assert 1 < fitting <= memory.STREAMS
+    blocks = [(number, ASKED) for number in range(4)]
+    together = campaign._side_by_side(group, blocks, conditions)
+    alone = [campaign._side_by_side(group, [block], conditions)[0] for block in blocks]
+    for one, two in zip(together, alone, strict=True):
+        for found, other in zip(one, two, strict=True):
+            assert found.mean.tobytes() == other.mean.tobytes()
+            assert found.second.tobytes() == other.second.tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_without_room_goes_on_with_fewer_blocks(monkeypatch):
+    """So much is promised that several together find no memory; each alone does."""
+    question = replace(ASKED[0], architecture=nope.decoder(768, 12, n_ctx=512))
+    group = Group.of(question)
+    one, all_ = memory.block_bytes(group, "float32", "cuda"), memory.capacity("cuda")
+    expected = measure(question, 12 * group.block_size, device="cuda").mean
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 1.5 * one / all_))
+    monkeypatch.setattr(memory, "FILLED", 1e6)
+    try:
+        found = measure(question, 12 * group.block_size, device="cuda").mean
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert np.array_equal(found, expected)
 
 
 # ------------------------------------------------------------------------------ refused

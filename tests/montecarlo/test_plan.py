@@ -15,8 +15,9 @@ import nope
 from montecarlo import Measurement, Target
 from montecarlo import exponent as exponent_of
 from montecarlo.confidence import next_look
+from montecarlo.memory import block_bytes, require_memory
 from montecarlo.moments import Moments
-from montecarlo.plan import POWER, block_bytes, draws_needed, require_memory
+from montecarlo.plan import POWER, draws_needed
 from montecarlo.rates import exponent_of_gaps
 from montecarlo.sampler import Conditions, Group
 

@@ -81,6 +81,23 @@ def test_a_question_asked_again_is_answered_from_the_store(tmp_path):
     assert all(map(same_bits, first, again))
 
 
+def test_what_is_decided_again_computes_nothing(tmp_path, monkeypatch):
+    """However many blocks are now in flight: what is known is taken in before any is sent off."""
+    truth = 4 * 0.3**2  # LayerNorm makes |x|^2 = 4 exactly, so E q^2 = d std^2
+    bounds = np.full(4, 0.95 * truth), np.full(4, 1.05 * truth)
+    targets = [Target(ASKED[0], *bounds, 1e-3, 1e-3)]
+    with Store(tmp_path) as store:
+        (first,) = Campaign(targets, Conditions(), store=store).run()
+    monkeypatch.setattr(sampler, "block", None)
+    with Store(tmp_path) as store:
+        (again,) = Campaign(targets, Conditions(), store=store).run(in_flight=8)
+        assert store.recalled * BLOCK == again.measurement.draws
+    assert first.verdict == again.verdict == "CONFIRMED"
+    assert same_bits(first.measurement.moments, again.measurement.moments)
+    assert decide(ASKED[0], *bounds, 2e-3, workers=1, store=tmp_path).verdict == "CONFIRMED"
+    assert measure(ASKED[0], BLOCK, store=tmp_path).draws == BLOCK
+
+
 def test_more_draws_and_more_questions_compute_only_what_is_missing(tmp_path):
     """A longer run adds blocks, a new question its own; alone or with others, the same bits."""
     drawn(tmp_path, ASKED[:1], blocks=2)
@@ -243,6 +260,22 @@ def test_what_cannot_be_described_is_computed_and_not_kept(tmp_path):
         _, recalled, computed = drawn(tmp_path, questions, blocks=1)
         assert (recalled, computed) == (0, 1)
     assert rows(tmp_path) == []
+
+
+def test_notes_are_kept_as_they_are(tmp_path):
+    """Any bytes under any key, once committed; a first note stays; a damaged one is refused."""
+    with Store(tmp_path) as store:
+        store.note("a", b"\x00\xff")
+        store.note("b", b"")
+        assert store.noted("a") is None
+        assert store.patience == 0
+        store.settle()
+        store.note("a", b"later")
+    with Store(tmp_path) as store:
+        assert [store.noted(key) for key in "abc"] == [b"\x00\xff", b"", None]
+        alter(tmp_path, "UPDATE note SET content = x'01' WHERE key = 'a'")
+        with pytest.raises(OSError, match="a damaged note a"):
+            store.noted("a")
 
 
 # ------------------------------------------------------------------------------- refused

@@ -176,13 +176,13 @@ def blocks(directory: Path) -> int:
         return file.execute("SELECT count(*) FROM block").fetchone()[0] if tables else 0
 
 
-def started(directory: Path) -> subprocess.Popen[str]:
+def started(directory: Path) -> subprocess.Popen[bytes]:
     """A long run with two workers that are at work."""
     command = [sys.executable, "-m", "nope", "verify", "chi2023.lemma3", "--d-model", "64"]
     command += ["--n-ctx", "64", "--tolerance", "1e-5", "--workers", "2", "--out", str(directory)]
-    errors = (directory / "errors").open("w")
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": errors, "text": True}
-    process = subprocess.Popen(command, start_new_session=True, **quiet)
+    with (directory / "errors").open("w") as errors:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": errors}
+        process = subprocess.Popen(command, start_new_session=True, **quiet)
     until(lambda: blocks(directory) > 0 or process.poll() is not None)
     return process
 

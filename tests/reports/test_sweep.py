@@ -3,8 +3,9 @@
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
-from importlib import util
+from importlib import import_module, util
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,17 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 import montecarlo
+import nope
 import reports
 import theory
+from montecarlo import sampler
 from montecarlo.store import FILE as EVIDENCE
-from reports import cli, estimates, grids, phase, tables
+from reports import cli, estimates, grids, kept, phase, tables
 from reports.cells import AXES, cells, read
 from reports.forecasts import forecast
 from theory.claims import Setting
+
+sweep = import_module("reports.sweep")  # the package has the function by this name
 
 ASKED = "second_moment at blocks.0.attn_out"
 TINY = {"d_model": 64, "n_heads": 2, "n_ctx": 3, "d_ff": 0, "std": [0.02, 0.1], "question": ASKED}
@@ -215,6 +220,27 @@ def test_what_no_draw_can_decide_is_refused_in_its_cell():
     assert "GiB" in found["reason"][1]
 
 
+@pytest.mark.parametrize("error", [MemoryError("no room"), TypeError("a bug")], ids=repr)
+def test_a_cell_whose_draws_fail_is_told_and_the_others_go_on(monkeypatch, error):
+    """Where a block fails, in memory or otherwise; the other cells are as they would have been."""
+    grid = {**BARE, "fidelity": "uniform"}
+    expected = reports.sweep(grid, worst_only=True, **QUICK)
+    compute = sampler.block
+
+    def broken(group, *task):
+        if group.init == nope.init.normal(0.1):
+            raise error
+        return compute(group, *task)
+
+    monkeypatch.setattr(sampler, "block", broken)
+    found = reports.sweep(grid, worst_only=True, **QUICK)
+    assert found["reason"].tolist() == ["", f"{type(error).__name__}: {error}"]
+    assert found["verdict"].tolist() == ["CONFIRMED", "UNDECIDED"]
+    assert found["estimate"].isna().tolist() == [False, True]
+    same = ["prediction", "estimate", "low", "high", "draws"]
+    assert_frame_equal(found[same][:1], expected[same][:1], check_exact=True)
+
+
 def test_fidelities_and_questions_share_their_draws(tmp_path):
     """Four cells, two questions, one group: two series of blocks, and one setting drawn."""
     grid = {**BARE, "std": 0.02, "question": [ASKED, "adjacent_cosine at blocks.0.attn_out"]}
@@ -229,10 +255,10 @@ def test_fidelities_and_questions_share_their_draws(tmp_path):
 
 
 def test_a_sweep_goes_on_from_its_evidence_to_the_same_table(tmp_path):
-    """Half a sweep, then all of it: what is known is not drawn again; any workers, same bits."""
+    """Half a sweep, then all of it: what is known is not drawn again; without it, the same bits."""
     half = reports.sweep({**BARE, "std": 0.02}, out=tmp_path, **QUICK)
     whole = reports.sweep(BARE, out=tmp_path, **QUICK)
-    fresh = reports.sweep(BARE, **{**QUICK, "workers": 2})
+    fresh = reports.sweep(BARE, **QUICK)
     assert whole.attrs["blocks"]["recalled"] == half.attrs["blocks"]["computed"] > 0
     assert fresh.attrs["blocks"] == {"computed": 2, "recalled": 0}
     assert_frame_equal(whole, fresh, check_exact=True)
@@ -241,6 +267,69 @@ def test_a_sweep_goes_on_from_its_evidence_to_the_same_table(tmp_path):
     assert_frame_equal(kept.astype(whole.dtypes), whole, check_exact=True)
     assert kept.attrs["grid"] == whole.attrs["grid"]
     assert kept.attrs["columns"] == dict(tables.COLUMNS)
+
+
+MIXED = {**BARE, "band": ["tolerance", "remainder"], "n_heads": [2, 3]}
+
+
+def test_the_theory_is_asked_once(tmp_path, monkeypatch):
+    """The same command again: nothing is predicted, nothing drawn, and the table is the same.
+
+    Of what is judged, what is not for its wide band, and what cannot be.
+    """
+    first = reports.sweep(MIXED, out=tmp_path, **QUICK)
+    assert set(first["verdict"]) >= {"CONFIRMED", "REFUTED", "NOT_APPLICABLE"}
+    monkeypatch.setattr("reports.cells.predict", None)
+    monkeypatch.setattr(sampler, "block", None)
+    assert_frame_equal(reports.sweep(MIXED, out=tmp_path, **QUICK), first, check_exact=True)
+
+
+def test_the_theory_is_asked_again_by_other_code_and_for_another_band(tmp_path, monkeypatch):
+    """The key of a forecast has all that it depends on."""
+    grid, asked = {**BARE, "std": 0.02, "fidelity": "uniform"}, []
+    forecasts = sweep.forecasts
+
+    def counting(cells, *options):
+        asked.append(len(cells))
+        return forecasts(cells, *options)
+
+    monkeypatch.setattr(sweep, "forecasts", counting)
+    for change in ({}, {}, {"tolerance": 0.08}, {"draws": 1024}):
+        reports.sweep(grid, out=tmp_path, **{**QUICK, **change})
+    assert asked == [1, 1]
+    for name in ("REPORTS", "BUILD"):
+        monkeypatch.setattr(kept, name, "another")
+        reports.sweep(grid, out=tmp_path, **QUICK)
+    monkeypatch.setattr(kept, "code_digest", lambda: "another")
+    reports.sweep(grid, out=tmp_path, **QUICK)
+    assert asked == [1] * 5
+    monkeypatch.setattr(kept, "code_digest", lambda: None)  # a source was edited meanwhile
+    for _ in range(2):
+        reports.sweep(grid, out=tmp_path, **QUICK)
+    assert asked == [1] * 7
+
+
+def test_what_the_theory_said_survives_the_end_of_the_process(tmp_path, monkeypatch):
+    """Part by part: the second of three parts fails, and the first is not asked again."""
+    grid = {**BARE, "std": [0.01, 0.02, 0.03], "fidelity": "uniform"}
+    forecasts, asked = sweep.forecasts, []
+
+    def dying(cells, *options):
+        if len(asked) == 1:
+            asked.append(cells)
+            raise KeyboardInterrupt
+        asked.append(cells)
+        return forecasts(cells, *options)
+
+    monkeypatch.setattr(kept, "PART", 1)
+    monkeypatch.setattr(sweep, "forecasts", dying)
+    told = []
+    with pytest.raises(KeyboardInterrupt):
+        reports.sweep(grid, out=tmp_path, **QUICK)
+    reports.sweep(grid, out=tmp_path, progress=lambda *what: told.append(what), **QUICK)
+    assert [cell.at["std"] for cells in asked for cell in cells] == [0.01, 0.02, 0.02, 0.03]
+    shares = [share for what, share in told if what == "predicting"]
+    assert shares == pytest.approx([2 / 3, 1])
 
 
 def test_stopping_keeps_every_cell(tmp_path):
@@ -403,19 +492,20 @@ def test_the_command_sweeps_and_draws(tmp_path, monkeypatch, capsys):
 
 def test_a_killed_sweep_goes_on(tmp_path):
     """kill -9 while it draws, then the same command: what was committed is not drawn again."""
-    words = [sys.executable, "-m", "nope", "sweep", "--over", "d_model=8,n_heads=2,n_ctx=4,d_ff=0"]
-    words += ["--tolerance", "1e-3", "--draws", "200000", "--workers", "1", "--out", str(tmp_path)]
+    over = "d_model=8,n_heads=2,n_ctx=4,d_ff=0,fidelity=uniform"
+    words = [sys.executable, "-m", "nope", "sweep", "--over", over, "--tolerance", "1e-3"]
+    words += ["--draws", "200000", "--workers", "1", "--out", str(tmp_path)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(words, **quiet)
     try:
         while process.poll() is None and not _committed(tmp_path):
-            pass
+            time.sleep(0.02)
     finally:
         process.kill()
         assert process.wait() == -9
     before = _committed(tmp_path)
     assert before > 0
-    grid = {"d_model": 8, "n_heads": 2, "n_ctx": 4, "d_ff": 0}
+    grid = {"d_model": 8, "n_heads": 2, "n_ctx": 4, "d_ff": 0, "fidelity": "uniform"}
     found = reports.sweep(grid, draws=200_000, tolerance=1e-3, workers=1, out=tmp_path)
     assert found.attrs["blocks"]["recalled"] == before
     assert found["draws"].min() >= 200_000
