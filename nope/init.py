@@ -56,6 +56,10 @@ class WeightLaw(Protocol):
         """Fresh arrays; leading axes are independent draws."""
 
 
+LARGEST_STD = 1e70
+"""Beyond it the fourth powers of weights leave float64."""
+
+
 @dataclass(frozen=True)
 class Normal:
     """w ~ N(0, std^2)."""
@@ -67,6 +71,7 @@ class Normal:
 
     def __post_init__(self) -> None:
         expect_finite("the weights' std", self.std)
+        expect(abs(self.std) < LARGEST_STD, f"std below {LARGEST_STD:g}", self.std, "lower it")
 
     @property
     def variance(self) -> float:

@@ -39,6 +39,9 @@ NEAR = 0.999
 STEP = 0.02
 """Of a variance, relatively, and of atanh rho, in differences: far above a dual's rounding."""
 
+ROUNDING = 1e-12
+"""A norm whose relative variance is less does not fluctuate."""
+
 ENTRIES = ((0, 0), (1, 1), (0, 1))
 """The rows and columns of the three entries: of m and n the first and the second."""
 
@@ -159,8 +162,24 @@ def correlation_shift(covariance: np.ndarray, rho: np.ndarray) -> np.ndarray:
 
     -rho (1 - rho^2)/(2 d) for d i.i.d. Gaussian coordinates, as in `cosine.gaussian_pair`.
     """
+    return np.asarray(np.subtract(*_shifts(covariance, rho)))
+
+
+def correlation_shift_error(covariance: np.ndarray, rho: np.ndarray) -> np.ndarray:
+    """What the next order may add where coordinates are not Gaussian.
+
+    Of Gaussian ones the two parts of the shift nearly cancel, at all orders.  What is not like
+    those of the same norms counts in full, times half the relative variance of a norm.
+    """
+    norms = (covariance[0, 0] + covariance[1, 1]) / 2
+    gaussian = norms / 2 * wishart((1.0, 1.0, rho))
+    return np.asarray(norms / 2 * np.abs(_shifts(covariance - gaussian, rho)).sum(0))
+
+
+def _shifts(covariance: np.ndarray, rho: np.ndarray) -> np.ndarray:
+    """Of the norms, and of the norms with the inner product."""
     of_norms = 3 * (covariance[0, 0] + covariance[1, 1]) + 2 * covariance[0, 1]
-    return np.asarray(rho * of_norms / 8 - (covariance[0, 2] + covariance[1, 2]) / 2)
+    return np.array([rho * of_norms / 8, (covariance[0, 2] + covariance[1, 2]) / 2])
 
 
 def correlation_width(covariance: np.ndarray, rho: np.ndarray) -> np.ndarray:
@@ -173,9 +192,15 @@ def correlation_width(covariance: np.ndarray, rho: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------ operations
 
 
-def tokens(width: float, rho: np.ndarray) -> Fluctuation:
-    """d i.i.d. Gaussian coordinates."""
-    return begin(wishart((1.0, 1.0, rho)) / width, width)
+def tokens(width: float, same: np.ndarray, share: np.ndarray) -> Fluctuation:
+    """d i.i.d. Gaussian coordinates, of one token where the positions are the `same`.
+
+    Of two positions a `share` of all ids is equal: G_mn is about 1 then, 0 otherwise, and no cosine
+    is biased, as if of correlation 0.
+    """
+    covariance = wishart((1.0, 1.0, np.where(same, NEAR, 0.0))) / width
+    covariance[2, 2] += np.where(same, 0.0, share * (1 - share))
+    return begin(covariance, width)
 
 
 def mapped(
@@ -299,7 +324,8 @@ def _derivatives(
     """
     rho, size = kernel.correlation, kernel.size
     steps = np.array([np.full_like(rho, STEP), np.full_like(rho, STEP), STEP * (1 - rho**2)])
-    moving = [axis for axis in range(3) if np.any(covariance[axis, axis])]
+    norms = [0, 1] if np.any(np.abs(covariance[:2, :2].diagonal()) > ROUNDING) else []
+    moving = [*norms, 2] if np.any(covariance[2, 2]) else norms
     values = [function(v, v, v) for v in (kernel.mm, kernel.nn)]
     whole = np.sqrt(values[0]) * np.sqrt(values[1])
 
@@ -325,7 +351,7 @@ def _derivatives(
         part = 0 if other == 1 else 2
         parts[part] += corners / (4 * steps[one] * steps[other]) * covariance[one, other]
     alone = np.zeros((2, *rho.shape))
-    for axis in moving[:2] if 0 in moving else ():
+    for axis in norms:
         variance, value = (kernel.mm, kernel.nn)[axis], values[axis]
         ends = (variance * (1 + STEP), variance * (1 - STEP))
         up, down = (function(v, v, v) / value for v in ends)
@@ -501,14 +527,11 @@ Passing = Callable[[Passage], tuple[Fluctuation, Second | None]]
 
 
 def averages(passage: Passage) -> tuple[Fluctuation, None]:
-    """Of a prefix mean and of attention; tokens where nothing is read.
-
-    Of tokens that repeat, equal or independent, no cosine is biased: as if of correlation 0.
-    """
-    at = passage.positions
+    """Of a prefix mean and of attention; tokens where nothing is read."""
+    at, after = passage.positions, passage.after
     if not passage.fluctuations:
-        return tokens(passage.numbers["d"], np.where(np.equal(*at), NEAR, 0.0)), None
-    values, after = passage.kernels[0], passage.after
+        return tokens(passage.numbers["d"], np.equal(*at), after.correlation), None
+    values = passage.kernels[0]
     mean = averaged(passage.fluctuations[0], values, after, *at)
     if len(passage.kernels) < 3:
         return mean, None

@@ -21,7 +21,7 @@ import numpy as np
 import sympy as sp
 
 from nope.architecture import Architecture
-from nope.operations import Normalise, Softmax, Uniform
+from nope.operations import Normalise, Scores, Softmax, Uniform
 from nope.questions import Question
 from theory import symmetry
 from theory.bindings import bindings, local_bindings
@@ -31,9 +31,9 @@ from theory.formulas import formula
 from theory.formulas.cosine import adjacency_score
 from theory.formulas.tokens import collision_matrix
 from theory.kernel import Fidelity, Rule, Traits
-from theory.propagation import KernelValues, all_pairs, at_pairs
+from theory.propagation import LEFT, KernelValues, all_pairs, at_pairs
 from theory.rules import rule_for
-from theory.symbols import m, n, p_same
+from theory.symbols import WEIGHT_STD, m, n, p_same
 
 Asked = Literal["uniform", "first_order", "any_temperature", "best"]
 
@@ -233,7 +233,14 @@ class _Predictor:
                 f"expected an observable the theory predicts ({', '.join(answers)}), got {name}; "
                 "measure it with montecarlo.measure"
             )
-        values, remainder = (np.broadcast_to(x, self.question.shape) for x in answers[name]())
+        # Errors relative to what is 0, and those of sharp logits, may be infinite.
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            values, remainder = (np.broadcast_to(x, self.question.shape) for x in answers[name]())
+        if not np.isfinite(values[self.question.judged]).all():
+            raise NotImplementedError(
+                f"expected finite numbers, got others for {name} at {self.question.place}; keep "
+                "the weights away from 0 and below 1"
+            )
         size = float(np.abs(values).max(initial=0.0))
         dropped = not (np.abs(remainder) <= NEGLIGIBLE * size).all()  # a NaN is no zero
         return Prediction(
@@ -245,8 +252,27 @@ class _Predictor:
         )
 
     def _second_moment(self) -> tuple[Any, Any]:
+        if isinstance(self.question.operation, Scores):
+            return self._of_scores()
         moments = self.values.kernel
         return moments, moments * self.values.remainder
+
+    def _of_scores(self) -> tuple[Any, Any]:
+        """K_q(m, m) times the mean of K_k(n, n) over n <= m, and of the norms' covariance with it.
+
+        Given the input l_mn has the second moment |x_m|^2 |x_n|^2 times constants.
+        """
+        rule = self.rules[self.question.place]
+        (query, of_query), (key, of_key) = map(self.values.diagonal, rule.sources)
+        common, own = self.values.common(rule.sources[0]), self.values.remainder
+        count = np.arange(1, len(key) + 1)
+        mean = key.cumsum() / count
+        added = np.zeros_like(mean)
+        if common is not None:
+            added = np.tril(key * common).sum(1) / count
+            own = np.abs(added) / mean * (LEFT + np.diagonal(common))
+        inherited = mean * of_query + (key * of_key).cumsum() / count
+        return query * (mean + added), query * (mean * own + inherited)
 
     def _mean_second_moment(self) -> tuple[Any, Any]:
         moments, remainder = self._second_moment()
@@ -288,6 +314,8 @@ class _Predictor:
         asked = self.question
         positions, _ = position_arrays(asked)
         found = bindings(asked.architecture, asked.init, self._since_norm(asked.place))
+        stds = {symbol.name for symbol in WEIGHT_STD.values()}.intersection(found)
+        self._require_vectors(all(found[name] ** 2 > 0 for name in stds))
         known: dict[str, Any] = {**found, "m": positions}
         if p_same in wanted:
             same = collision_matrix(asked.architecture.tokens, asked.architecture.n_ctx)
@@ -302,7 +330,16 @@ class _Predictor:
     def _kernel(self) -> tuple[Any, Any]:
         return self.values.kernel, self.values.size * self.values.remainder
 
+    def _require_vectors(self, given: bool) -> None:
+        """Refuse ratios at a place where everything is 0."""
+        if not given:
+            raise NotImplementedError(
+                f"expected a place that is not 0 for {self.question.observable}, got 0 at "
+                f"{self.question.place}; raise the weights' standard deviation"
+            )
+
     def _kernel_cosine(self) -> tuple[Any, Any]:
+        self._require_vectors(bool((self.values.size > 0).all()))
         same = np.equal(*position_arrays(self.question))
         rho = self.values.kernel / self.values.size
         return rho, np.where(same, 0.0, self.values.remainder)
@@ -326,6 +363,7 @@ class _Predictor:
 
     def _adjacency_score(self, variant: str) -> tuple[Any, Any]:
         """The law of a triple where the cosine is sqrt(n/m), averaged over the triples."""
+        self._require_vectors(bool((self.values.size > 0).all()))
         asked = self.question
         kernel = derive(asked.architecture, asked.init, asked.place, self.fidelity).result
         prefix_mean = sp.simplify(kernel * sp.Max(m, n))
@@ -371,8 +409,22 @@ class _Values:
             symbols[closed] = bindings(architecture, self._question.init, before)
         found = KernelValues(self._rules, symbols, n_ctx, positions, self._closed, self._exact)
         if not self._pointwise:
-            found.advance(place)
+            found.advance({place, *self._rules[place].sources})
         return found
+
+    def diagonal(self, place: str) -> tuple[np.ndarray, np.ndarray]:
+        """K(m, m) and its relative remainder at the question's place or one that it reads."""
+        found = (self._values.kernel(place, "mm"), self._values.remainder(place, "mm"))
+        every = (self._question.architecture.n_ctx,)
+        one, other = (np.broadcast_to(each.ravel(), every) for each in found)
+        return one, other
+
+    def common(self, place: str) -> np.ndarray | None:
+        """The covariance of |x_m|^2 and |x_n|^2, over their means, of the input of a place's map.
+
+        At all pairs; None where only the asked ones are computed.
+        """
+        return None if self._pointwise else self._values.common(place)
 
     def _at(self, what: str, view: str = "mn") -> np.ndarray:
         values = getattr(self._values, what)(self._question.place, view)

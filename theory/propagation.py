@@ -8,7 +8,7 @@ last use: n_ctx^2 numbers per live place, cost linear in depth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from theory.fluctuations import (
     Passage,
     Second,
     correlation_shift,
+    correlation_shift_error,
     correlation_width,
 )
 from theory.formula import compile_number_form
@@ -110,17 +111,16 @@ class KernelValues:
         self._moved: dict[str, Moved] = {}
         self._fluctuations: dict[str, tuple[Fluctuation, Second | None]] = {}
 
-    def advance(self, keep: str) -> None:
+    def advance(self, keep: Container[str]) -> None:
         """Compute every place in order and drop each after its last use, but for `keep`."""
         last = {name: place for place, rule in self._rules.items() for name in self._reads(rule)}
         for place, rule in self._rules.items():
             self.kernel(place, "mm"), self.kernel(place, "nn")
             self.remainder(place), self.excess(place), self._passed(place)
             for name in {place, *self._reads(rule)}:
-                if last.get(name, place) == place and name != keep:
+                if last.get(name, place) == place and name not in keep:
                     self._memo[name].clear()
                     self._moved.pop(name, None)
-                    self._fluctuations.pop(name, None)
                     self._fluctuations.pop(name, None)
 
     @staticmethod
@@ -287,6 +287,8 @@ class KernelValues:
         if not rule.sources or self._n_ctx == 1:
             return 1.0
         source = rule.sources[0]
+        if self._rules[source].traits.repeated:
+            return float(self._rules[source].traits.maps)  # the ids are treated as given
         rho = self._gram(source, self.kernel).correlation
         width = correlation_width(self._passed(source)[0].inherited, rho)
         apart = np.not_equal(*self._grid_positions)
@@ -296,8 +298,9 @@ class KernelValues:
         """E cos - rho to second order, and what is left of it: of the fluctuation at a place."""
         gram = self._gram(place, self.kernel)
         rho = gram.correlation
-        shift = correlation_shift(self._passed(place)[0].covariance, rho)
-        left = np.abs(shift) * self._doubt(place)
+        covariance = self._passed(place)[0].covariance
+        shift = correlation_shift(covariance, rho)
+        left = np.abs(shift) * self._doubt(place) + correlation_shift_error(covariance, rho)
         nothing, leading = np.zeros_like(shift), self.kernel(place)
         one, other = (
             self._everywhere(Gram(nothing, nothing, x * gram.size), leading, "mn")
@@ -305,6 +308,10 @@ class KernelValues:
             for x in (shift, left)
         )
         return one, other
+
+    def common(self, place: str) -> np.ndarray:
+        """The covariance of G_mm and G_nn at all pairs, over their means, of a map's input."""
+        return self._smooth(self._passed(place)[0].inherited[0, 1])
 
     def _doubt(self, place: str) -> np.ndarray:
         """The relative error of a second-order term: `LEFT`, and the fluctuation itself."""

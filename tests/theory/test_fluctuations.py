@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import montecarlo
 import nope
@@ -241,6 +242,7 @@ STACKS = {
     "no norm": {"norm_position": "none", "activation": "relu"},
     "scaled": {"activation": "tanh", "residual_scale": 0.5},
 }
+REPEATED = {"activation": "swiglu", "tokens": nope.tokens.EmbeddingTokens(5, 1.0)}
 DRAWS = 20_000
 
 
@@ -276,3 +278,47 @@ def test_the_second_order_is_most_of_what_the_leading_order_lacks(name):
     )
     assert without > 6 * noise
     assert 3 * (gap - 3 * noise) < without
+
+
+@pytest.mark.parametrize("observable", ["kernel", "adjacent_cosine", "second_moment"])
+def test_ids_that_repeat_bend_a_dual(observable):
+    """Gated units of five tokens: a mean over ids of the dual, not the dual of the mean."""
+    architecture = nope.decoder(32, 4, n_ctx=6, d_ff=64, **REPEATED)
+    question = Question(architecture, normal(0.1), "blocks.0.mlp.post", observable)
+    found, theory_says = montecarlo.measure(question, 8192), theory.predict(question)
+    gap = np.abs(theory_says.values - found.mean)
+    assert (gap <= theory_says.remainder + 5 * found.standard_error).all()
+    assert (gap <= 0.35 * np.abs(found.mean) + 5 * found.standard_error).all()
+
+
+@pytest.mark.parametrize("norm_position", ["none", "pre"])
+def test_logits_of_later_layers_are_averaged_over_their_keys(norm_position):
+    """E l_mn^2 over n <= m where norms differ between positions, and fluctuate together."""
+    architecture = nope.decoder(16, 4, 2, n_ctx=4, eps=0.5, norm_position=norm_position)
+    init = nope.init.lecun_normal()
+    question = Question(architecture, init, "blocks.1.attn.scores", "second_moment")
+    found, theory_says = montecarlo.measure(question, DRAWS), theory.predict(question)
+    gap = np.abs(theory_says.values - found.mean)
+    assert (gap <= theory_says.remainder + 5 * found.standard_error).all()
+    assert (gap <= 0.2 * found.mean + 5 * found.standard_error).all()
+
+
+def test_a_norm_behind_a_norm_moves_both_ways_or_none():
+    """Rounding leaves one of two norms without fluctuation: no index is out of range."""
+    for width in (24, 64):
+        architecture = nope.decoder(width, 4, n_ctx=10, norm_position="post")
+        for init in (nope.init.torch_default(), nope.init.xavier_uniform()):
+            question = Question(architecture, init, "blocks.0.mlp_out", "adjacent_cosine")
+            assert np.isfinite(theory.predict(question).values).all()
+
+
+@pytest.mark.parametrize(("width", "eps"), [(3, 0.01), (6, 1e-5), (6, 0.1), (16, 1.0)])
+def test_eps_at_small_widths_against_the_exact_mean(width, eps):
+    """E v/(v + eps) over the variance of a token's coordinates, chi-square of d - 1 over d."""
+    tokens = nope.tokens.GaussianTokens(1.0)
+    architecture = nope.decoder(width, 1, n_ctx=1, eps=eps, tokens=tokens)
+    found = theory.predict(Question(architecture, normal(0.1), "blocks.0.ln1", "second_moment"))
+    variance = stats.chi2(width - 1, scale=1 / width)
+    expected = variance.expect(lambda v: v / (v + eps))
+    assert abs(found.values[0] - expected) <= found.remainder[0]
+    assert found.remainder[0] < 0.1

@@ -197,7 +197,7 @@ def test_no_algorithm_runs_twice():
     last = "blocks.3.resid_post"
     rules, calls = counting(rules_to(architecture, last, "any_temperature"))
     values = carried(architecture, normal(0.125), last, "any_temperature", rules)
-    values.advance(last)
+    values.advance({last})
     for view in ("mn", "mm", "nn"):
         values.kernel(last, view)
     values.remainder(last), values.excess(last)
@@ -210,10 +210,10 @@ def advanced(n_layers):
     architecture = stack("pre", n_layers=n_layers, n_ctx=256)
     last = f"blocks.{n_layers - 1}.resid_post"
     first = carried(architecture, normal(0.125), last, "any_temperature")
-    first.advance(last)  # fills the tables, which are kept for the next call
+    first.advance({last})  # fills the tables, which are kept for the next call
     values = carried(architecture, normal(0.125), last, "any_temperature")
     tracemalloc.start()
-    values.advance(last)
+    values.advance({last})
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert np.array_equal(values.kernel(last), first.kernel(last))

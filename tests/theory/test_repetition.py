@@ -313,3 +313,32 @@ def test_measured_layers(tokens):
         gap = np.abs(prediction.values - measured.mean)
         assert (gap <= prediction.remainder + Z * measured.standard_error + 1e-6).all()
         assert (prediction.remainder <= 0.1 * measured.mean.max()).all()
+
+
+@pytest.mark.parametrize("vocabulary", [2, 6])
+def test_the_participation_of_repeated_ids_by_plain_draws(vocabulary):
+    """Copies of a key share a logit: one head of width 24 by NumPy, d = 48."""
+    rng, d, d_h, length, draws = np.random.default_rng(3), 48, 24, 8, 10_000
+    tokens = nope.tokens.EmbeddingTokens(vocabulary, 1.0)
+    architecture = nope.decoder(d, d // d_h, n_ctx=length, tokens=tokens)
+    std = 0.7 / np.sqrt(d)
+    asked = nope.Question(
+        architecture, nope.init.normal(std), "blocks.0.attn.pattern", "participation"
+    )
+    found = theory.predict(asked)
+    assert found.fidelity == "any_temperature"
+    table = rng.standard_normal((draws, vocabulary, d))
+    ids = rng.integers(vocabulary, size=(draws, length))
+    x = table[np.arange(draws)[:, None], ids]
+    x -= x.mean(-1, keepdims=True)
+    x /= x.std(-1, keepdims=True)
+    # Given x a head's queries are Gaussian: q k' only needs x W_Q at the last position.
+    query = np.einsum("bd,bde->be", x[:, -1], std * rng.standard_normal((draws, d, d_h)))
+    back = np.einsum("be,bde->bd", query, std * rng.standard_normal((draws, d, d_h)))
+    logits = np.einsum("bnd,bd->bn", x, back) / np.sqrt(d_h)
+    weights = np.exp(logits - logits.max(1, keepdims=True))
+    weights /= weights.sum(1, keepdims=True)
+    drawn = (weights**2).sum(1)
+    error = drawn.std() / np.sqrt(draws)
+    assert abs(found.values[-1] - drawn.mean()) < found.remainder[-1] + 5 * error
+    assert found.remainder[-1] < 0.02 * found.values[-1]

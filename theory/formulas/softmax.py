@@ -29,7 +29,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nope.checks import expect
 from theory.formula import Formula, Numeric, Status
 from theory.formulas.logits import NARROW, STEP, TAIL, Logits, lattice
 from theory.symbols import d, d_h, m, s
@@ -54,13 +53,17 @@ class Transforms:
     Both rules are trapezoidal.  The lattice in z reaches where the density of the `logits` is
     e^-TAIL/m, the one in x from where m E min(u^least, 1) is e^-TAIL to where phi is.  Its step
     may grow with s, as long as it resolves phi^m, which falls over s/sqrt(2 ln m) where z is
-    smooth: few dimensions make steps of phi.  Raises `ValueError` for an s above `SHARPEST`.
+    smooth: few dimensions make steps of phi.  Raises `NotImplementedError` for an s above
+    `SHARPEST`.
     """
 
     def __init__(
         self, s: float, m_max: float, least: float = 1.0, logits: Logits = GAUSSIAN
     ) -> None:
-        expect(s <= SHARPEST, f"logits of standard deviation up to {SHARPEST:g}", s, "lower s")
+        if not s <= SHARPEST:
+            raise NotImplementedError(
+                f"expected logits of standard deviation up to {SHARPEST:g}, got {s:g}; lower s"
+            )
         reach = float(np.sqrt(2 * (np.log(m_max) + TAIL)))
         near = min(least * s, reach)
         left = (near**2 + reach**2) / (2 * least) + (s - near / least) * reach

@@ -2,17 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import sympy as sp
 
 from nope.operations import Normalise
 from theory import symbols
-from theory.fluctuations import Fluctuation, Passage, Second, curved
+from theory.fluctuations import Fluctuation, Gram, Passage, Second, curved
 from theory.formulas.norm import shrinkage_remainder
 from theory.kernel import ZERO, Fidelity, K, Rule, Traits, X
 from theory.rules import rule_for
 from theory.symbols import d, m, maps, n
+
+MOST = 0.9
+"""Norms that fluctuate more than this count as if they had this relative variance."""
 
 
 @rule_for.register
@@ -59,12 +63,20 @@ def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) ->
             kurtosis=kurtosis,
             norm_kurtosis=None if operation.eps else sp.Integer(1),
         ),
-        fluctuates=_normalises,
+        fluctuates=partial(_normalises, centring),
     )
 
 
-def _normalises(passage: Passage) -> tuple[Fluctuation, Second]:
+def _normalises(centring: bool, passage: Passage) -> tuple[Fluctuation, Second]:
     (kernel,), (before,) = passage.kernels, passage.fluctuations
     nothing = np.zeros_like(before.own)
     whole = replace(before, inherited=before.covariance, own=nothing)
-    return curved(whole, kernel, passage.function, nothing)
+    passed, second = curved(whole, kernel, passage.function, nothing)
+    if symbols.eps.name not in passage.numbers:
+        return passed, second
+    # With an eps, which leaves 1/(1 + eps/v), the orders in the norms fall like their powers.
+    left = 1 - 1 / passage.numbers["d"] if centring else 1.0
+    norms = (before.covariance[0, 0] + before.covariance[1, 1]) / 2 / left
+    series = 1 / (1 - np.minimum(norms, MOST))
+    size = second.size
+    return passed, replace(second, size=Gram(size.mm * series, size.nn * series, size.mn * series))

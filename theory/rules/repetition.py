@@ -98,8 +98,8 @@ def gauss_rule(values: np.ndarray, weights: np.ndarray, size: int) -> tuple[np.n
 class CopyTransforms:
     """Means over one logit at c t for c = 0, 1, ... copies of a token (rows), over x = ln t.
 
-    `log_phi`, and over phi: `first` E u e^-u, `second` E u^2 e^-u times |e_v|^2/d given z, and
-    `lean` E z u e^-u.  For one s; `step` is that in x.
+    `log_phi`, and over phi: `first` E u e^-u, `second` E u^2 e^-u times |e_v|^2/d given z,
+    `single` E u^2 e^-u over c, and `lean` E z u e^-u.  For one s; `step` is that in x.
     """
 
     def __init__(self, s: float, n_ctx: int, copies: int, logits: Logits) -> None:
@@ -107,7 +107,7 @@ class CopyTransforms:
         norm = 1.0 if logits.fixed_norm else 1 + (single.z**2 - 1) / logits.freedom
         self.step, self.freedom = single.step, logits.freedom
         shape = copies + 1, len(single.x)
-        self.log_phi, self.first, self.second, self.lean = (np.zeros(shape) for _ in range(4))
+        self.log_phi, self.first, self.second, self.single, self.lean = np.zeros((5, *shape))
         for c in range(1, copies + 1):
             exponent = single.x[:, None] + np.log(c) + s * single.z
             u = np.exp(np.minimum(exponent, LARGEST_EXPONENT))
@@ -116,6 +116,7 @@ class CopyTransforms:
             self.log_phi[c] = np.log(phi)
             self.first[c] = (u * damping) @ single.weights / phi
             self.second[c] = (u**2 * damping) @ (norm * single.weights) / phi
+            self.single[c] = (u**2 * damping) @ single.weights / phi / c
             self.lean[c] = (u * damping) @ (single.z * single.weights) / phi
 
     def means(self, counts: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -124,15 +125,25 @@ class CopyTransforms:
         `counts` are c_v (n_ctx, tokens), `own` how many copies of its own token each position
         completes.
         """
-
-        def summed(rows: np.ndarray) -> np.ndarray:
-            return np.asarray((rows[own] - rows[own - 1]).cumsum(0))
-
-        Phi = self.step * np.exp(np.maximum(summed(self.log_phi), np.log(SMALLEST)))
+        Phi = self._joint(own)
         first = Phi @ self.first[: counts.max() + 1].T
-        leaning = summed(self.lean) ** 2 - summed(self.lean**2)
-        squares, pairs = ((Phi * each).sum(1) for each in (summed(self.second), leaning))
+        leaning = _summed(self.lean, own) ** 2 - _summed(self.lean**2, own)
+        squares, pairs = ((Phi * each).sum(1) for each in (_summed(self.second, own), leaning))
         return np.take_along_axis(first, counts, 1), squares, pairs / self.freedom
+
+    def participation(self, own: np.ndarray) -> np.ndarray:
+        """E sum_n a_n^2 of every prefix: c_v copies share A_v evenly."""
+        return np.asarray((self._joint(own) * _summed(self.single, own)).sum(1))
+
+    def _joint(self, own: np.ndarray) -> np.ndarray:
+        """prod_v phi_v of every prefix, times the step."""
+        logarithm = np.maximum(_summed(self.log_phi, own), np.log(SMALLEST))
+        return np.asarray(self.step * np.exp(logarithm))
+
+
+def _summed(rows: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """sum_v rows[c_v] of every prefix."""
+    return np.asarray((rows[own] - rows[own - 1]).cumsum(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,10 +175,21 @@ class Window:
         return np.asarray(one_hot.cumsum(0))
 
     @cached_property
+    def own(self) -> np.ndarray:
+        """How many copies of its own token each position completes."""
+        return np.take_along_axis(self.counts, self.tokens[:, None], 1)[:, 0]
+
+    @property
+    def participation(self) -> np.ndarray:
+        """E sum_n a_mn^2."""
+        shares = self.attention.temperatures()[1]
+        found = (each.participation(self.own) for each in self.transforms)
+        return np.asarray(sum(s * each for s, each in zip(shares, found, strict=True)))
+
+    @cached_property
     def means(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """E A_v, the squares and the pairs of `CopyTransforms.means`, over all scales."""
-        own = np.take_along_axis(self.counts, self.tokens[:, None], 1)[:, 0]
-        found = [each.means(self.counts, own) for each in self.transforms]
+        found = [each.means(self.counts, self.own) for each in self.transforms]
         _, shares = self.attention.temperatures()
         weights, squares, pairs = (
             sum(share * mean for share, mean in zip(shares, means, strict=True))
@@ -316,6 +338,21 @@ def sampled(tokens: Tokens, n_ctx: int, attention: Attention, common: float) -> 
     return Sampled(beyond, dropped + DEVIATIONS * error, excess)
 
 
+@lru_cache(maxsize=16)
+def participation(
+    tokens: Tokens, n_ctx: int, attention: Attention
+) -> tuple[np.ndarray, np.ndarray]:
+    """E sum_n a_mn^2 over `sample_ids`, and what a sample leaves open."""
+    windows = sample_ids(tokens, n_ctx)
+    transforms = _transforms(windows, attention)
+    mean, square = np.zeros((2, n_ctx))
+    for ids, share in patterns(windows):
+        found = Window(ids, attention, transforms).participation
+        mean, square = mean + share * found, square + share * found**2
+    error = np.sqrt(np.maximum(square - mean**2, 0.0) / len(windows))
+    return mean, DEVIATIONS * error
+
+
 def _transforms(windows: np.ndarray, attention: Attention) -> list[CopyTransforms]:
     copies = max(int(np.unique(ids, return_counts=True)[1].max()) for ids in windows)
     spreads, _ = attention.temperatures()
@@ -375,6 +412,14 @@ class Repetition:
             correlation,
             self.mixing.width.logits(self.mixing.maps),
         )
+
+    @property
+    def participation(self) -> tuple[np.ndarray, np.ndarray]:
+        """E sum_n a_mn^2, and what a sample leaves open."""
+        if self.attention.variance == 0:
+            return 1 / self.mixing.count, np.zeros(self.n_ctx)
+        _ = self.mixing.table  # refuses logits that no quadrature covers
+        return participation(self.tokens, self.n_ctx, self.attention)
 
     @cached_property
     def first_order(self) -> tuple[np.ndarray, np.ndarray]:

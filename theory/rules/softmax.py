@@ -27,7 +27,7 @@ All derived here; held against real layers by the claims of `theory.papers.ours`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -56,18 +56,7 @@ def _move(
     n_ctx: int,
 ) -> Moved:
     """The algorithm of a mixture: from values, keys and queries to their output."""
-    values, keys, queries = kernels
-    freedom = symbols["d"] - (1 if traits.centred else 0)
-    found = Mixing(
-        Prefixed(values),
-        Prefixed(keys),
-        queries,
-        symbols["p"] - 1,
-        traits.fixed_norm,
-        max(freedom, 1.0),
-        symbols["d_h"],
-        symbols["H"],
-    )
+    found = _mixing(traits, kernels, symbols)
     kernel, lost, excess = treatment(found)
     remainder = prefix_sum(dropped)
     variance, root = found.values.variance, np.sqrt(np.diagonal(kernel))
@@ -81,6 +70,22 @@ def _move(
         inherited += lost[rows]
         inherited /= root[rows, None] * root
     return Moved(kernel, remainder, excess)
+
+
+def _mixing(traits: Traits, kernels: Sequence[np.ndarray], symbols: Mapping[str, float]) -> Mixing:
+    """Of the kernels of values, keys and queries."""
+    values, keys, queries = kernels
+    freedom = symbols["d"] - (1 if traits.centred else 0)
+    return Mixing(
+        Prefixed(values),
+        Prefixed(keys),
+        queries,
+        symbols["p"] - 1,
+        traits.fixed_norm,
+        max(freedom, 1.0),
+        symbols["d_h"],
+        symbols.get("H", 1.0),
+    )
 
 
 def _general(operation: Mix, traits: Mapping[str, Traits], name: str, how: Treatment) -> Rule:
@@ -207,6 +212,29 @@ def _participate(
     )
 
 
+def _participate_copies(
+    before: Traits,
+    lost: Lost,
+    kernels: Sequence[np.ndarray],
+    dropped: np.ndarray,
+    symbols: Mapping[str, float],
+    n_ctx: int,
+) -> Moved:
+    """The same where keys are tokens that repeat, given the ids: copies share a logit."""
+    queries, keys = kernels
+    found = repetition.Repetition(before.repeated, _mixing(before, (keys, keys, queries), symbols))
+    value, error = found.participation
+    count = np.arange(1.0, n_ctx + 1)
+    known = {"m": count, "s2": np.full(n_ctx, found.attention.variance), "f": count * value}
+    relative = error / value + _numbers(lost(VARIANCE, VALUE), {**symbols, **known})
+    relative += np.diagonal(dropped) / np.diagonal(queries)
+    square = (n_ctx, n_ctx)
+    return Moved(
+        np.broadcast_to((value / count)[:, None], square),
+        np.broadcast_to(relative[:, None], square),
+    )
+
+
 VARIANCE, VALUE = sp.symbols("s2 f", nonnegative=True)
 """A logit's variance and m E sum a^2, where both are numbers."""
 
@@ -284,4 +312,6 @@ def pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
 
     shapes = sum(_shape(traits[name]) for name in _query_key(traits[operation.inputs[0]]))
     grown = TabulatedGrowth(participation, before)
-    return _pattern(operation, traits, "at any temperature", grown, lost)
+    rule = _pattern(operation, traits, "at any temperature", grown, lost)
+    copies = partial(_participate_copies, before, lost)
+    return replace(rule, algorithm=copies) if before.repeated else rule
