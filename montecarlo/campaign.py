@@ -24,7 +24,7 @@ from montecarlo.moments import Moments
 from montecarlo.provenance import Origin, Series
 from montecarlo.sampler import Conditions, Group, estimator
 from montecarlo.store import Store
-from nope.checks import expect, expect_finite
+from nope.checks import expect, expect_count, expect_finite
 
 AHEAD = 4
 """A group's finished blocks wait for a slower one, as many as this times what is in flight."""
@@ -41,11 +41,14 @@ Found = Moments | Exception
 
 def require_limits(draws: int | None, budget: float | None) -> None:
     """Raise `ValueError` for a number of draws or of seconds that cannot be meant."""
+    if draws is not None:
+        expect_count("draws", draws)
+    if budget is not None:
+        expect_finite("budget", budget, positive=True)
     for name, value in (("draws", draws), ("budget", budget)):
-        if value is not None:
-            expect_finite(name, value, positive=True)
-            most = LIMITS[name]
-            expect(value <= most, f"{name} of at most {most:.3g}", value, f"change {name}")
+        most = LIMITS[name]
+        ok = value is None or value <= most
+        expect(ok, f"{name} of at most {most:.3g}", value, f"change {name}")
 
 
 def require_decidable(target: Target, dtype: str) -> None:

@@ -5,7 +5,8 @@ Both are campaigns (`montecarlo.campaign`) of a few targets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,35 @@ from montecarlo.estimators import best
 from montecarlo.evidence import Decision, Target
 from montecarlo.sampler import Conditions
 from montecarlo.store import opened
+from nope.checks import expect, expect_count
 from nope.questions import Question
 
 DEFAULT_DRAWS = 100_000
+LEAST_RATE = 1e-100
+"""Smaller error rates, shared over what is asked, leave the range of the normal distribution."""
+
+
+def require_rate(error_rate: object) -> None:
+    """Raise `ValueError` for what is no error rate, or one too small to compute with."""
+    ok = isinstance(error_rate, Real) and LEAST_RATE <= float(error_rate) < 1
+    form = f"error_rate from {LEAST_RATE:g} to less than 1"
+    expect(ok, form, error_rate, "change error_rate")
+
+
+def _require_question(question: Question) -> None:
+    """Raise `ValueError` for what is no question, `LookupError` for one without an answer."""
+    expect(isinstance(question, Question), "a nope.Question", question, "ask one")
+    question.require_applicable()
+
+
+def _bound(name: str, value: Any, question: Question) -> np.ndarray:
+    """A bound in the shape of a question; `ValueError` where it has another."""
+    given = np.asarray(value, dtype=float)
+    try:
+        return np.broadcast_to(given, question.shape)
+    except ValueError:
+        form = f"{name} to be a number or of shape {question.shape}"
+        raise ValueError(f"expected {form}, got {given.shape}; change {name}") from None
 
 
 def _require_finite(decision: Decision) -> Decision:
@@ -51,15 +78,16 @@ def measure(
     draw of the weights, and `integrate` takes the gains of the last maps as known
     (`montecarlo.estimators`).
 
-    Raises `LookupError` for a question without an answer, `ValueError` for a device or dtype
-    that cannot be, `MemoryError` for blocks that do not fit, `FloatingPointError` where an
+    Raises `LookupError` for a question without an answer, `ValueError` for arguments that cannot
+    be, `MemoryError` for blocks that do not fit, `FloatingPointError` where an
     observable is not finite (which, where and in which draw), `OSError` for a store that cannot be
     used.
     """
-    asked = [questions] if isinstance(questions, Question) else list(questions)
+    expect_count("draws", draws)
+    asked = list(questions) if isinstance(questions, Iterable) else [questions]
     targets = []
     for question in asked:
-        question.require_applicable()
+        _require_question(question)
         anywhere = np.full(question.shape, np.inf)
         way = best(question) if integrate else None
         targets.append(Target(question, -anywhere, anywhere, 0.5, 0.5, integrated=way))
@@ -96,13 +124,13 @@ def decide(
     the decision, at `draws` (100,000 if neither limit is given) or after `budget` seconds.
     The other options are those of `measure`.
 
-    Raises what `measure` does, and `ValueError` for bounds that no number of draws can decide:
-    in the wrong order, or closer than the rounding of `dtype`.
+    Raises what `measure` does, and `ValueError` for an error rate below `LEAST_RATE` and for
+    bounds of another shape or that no number of draws can decide: in the wrong order, or closer
+    than the rounding of `dtype`.
     """
-    if not 0 < error_rate < 1:
-        raise ValueError(f"expected error_rate between 0 and 1, got {error_rate}; change it")
-    question.require_applicable()
-    bottom, top = (np.broadcast_to(np.asarray(x, dtype=float), question.shape) for x in (low, high))
+    require_rate(error_rate)
+    _require_question(question)
+    bottom, top = _bound("low", low, question), _bound("high", high, question)
     share, way = error_rate / 2, best(question) if integrate else None
     target = Target(question, bottom, top, share, share, integrated=way)
     conditions = Conditions(

@@ -66,7 +66,8 @@ def engine(name: str, workers: int | None, device: str) -> Engine:
     cluster is kept busy as if it had `workers`, those it has at the start unless given.  Raises
     `ValueError` for any other name and for no workers.
     """
-    expect(workers is None or workers >= 1, "at least 1 worker", workers, "raise workers")
+    some = workers is None or (isinstance(workers, int) and workers >= 1)
+    expect(some, "at least 1 worker", workers, "raise workers")
     if is_cluster(name):
         return partial(cluster, name, workers, device)
     known = name in ("local", "in-process")
@@ -79,8 +80,8 @@ def engine(name: str, workers: int | None, device: str) -> Engine:
 
 
 def is_cluster(name: str) -> bool:
-    """Whether an engine's name is the address of a scheduler."""
-    return "://" in name
+    """Whether an engine's name is the address of a scheduler; what is no name is none."""
+    return isinstance(name, str) and "://" in name
 
 
 def device_of(name: str, device: str, dtype: str) -> str:

@@ -382,5 +382,5 @@ def _not_finite(draws: np.ndarray, question: Question, first: int) -> FloatingPo
     return FloatingPointError(
         f"expected finite {question.observable} at {question.place}, got {value} "
         f"in draw {first + draw} at position {question.positions[entry]}; "
-        "use float64 or a smaller std"
+        "use float64, or weights and tokens of a std nearer to 1"
     )

@@ -18,10 +18,10 @@ from __future__ import annotations
 import math
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -86,7 +86,7 @@ class Store:
         self._committed = -math.inf
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        except PermissionError as error:
+        except OSError as error:
             remedy = "make it writable, or name another directory"
             raise self._refusal("to open", str(error), remedy) from error
         with self._refused("to open"):
@@ -118,7 +118,7 @@ class Store:
         if row is None:
             return None
         draws, *arrays, checksum = row
-        if checksum != _checksum(draws, arrays):
+        if not _intact([str(draws).encode(), *arrays], checksum):
             raise self._refusal("to read", f"a damaged block {number}", REMEDIES["SQLITE_CORRUPT"])
         mean, second, third = (np.frombuffer(array, "<f8") for array in arrays)
         shape = series.question.shape
@@ -144,9 +144,9 @@ class Store:
         if row is None:
             return None
         content, checksum = row
-        if checksum != digest_of([content]):
+        if not _intact([content], checksum):
             raise self._refusal("to read", f"a damaged note {key}", REMEDIES["SQLITE_CORRUPT"])
-        return bytes(content)
+        return cast(bytes, content)
 
     def note(self, key: str, content: bytes) -> None:
         """Have a note committed, as a block is."""
@@ -240,12 +240,13 @@ def _row(series: Series, number: int, moments: Moments) -> tuple[Any, ...]:
         np.asarray(array, "<f8").tobytes()
         for array in (moments.mean, moments.second, moments.third)
     ]
-    return series.digest, number, moments.count, *arrays, _checksum(moments.count, arrays)
+    checksum = digest_of([str(moments.count).encode(), *arrays])
+    return series.digest, number, moments.count, *arrays, checksum
 
 
-def _checksum(draws: int, arrays: Iterable[bytes]) -> str:
+def _intact(parts: Sequence[Any], checksum: Any) -> bool:
     """SQLite trusts the disk; a number that decides a claim is not taken on trust."""
-    return digest_of([str(draws).encode(), *arrays])
+    return all(isinstance(part, bytes) for part in parts) and digest_of(parts) == checksum
 
 
 @contextmanager

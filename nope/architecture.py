@@ -60,6 +60,8 @@ class Architecture:
     def __post_init__(self) -> None:
         expect_count("d_model", self.d_model)
         expect_count("n_ctx", self.n_ctx)
+        kind = "GaussianTokens() or others of nope.tokens"
+        expect(isinstance(self.tokens, Tokens), kind, self.tokens, "change tokens")
         longest = self.tokens.longest
         remedy = "lower n_ctx or give a longer text"
         expect(self.n_ctx <= longest, f"n_ctx of at most {longest} tokens", self.n_ctx, remedy)

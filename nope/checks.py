@@ -12,6 +12,16 @@ def expect(condition: bool, expected: str, got: object, remedy: str) -> None:
         raise ValueError(f"expected {expected}, got {got!r}; {remedy}")
 
 
+def is_refusal(error: Exception) -> bool:
+    """Whether an error says why what was asked cannot be; any other is a fault of the program.
+
+    An `IndexError` is a `LookupError` and much of what libraries raise is a `ValueError`: what is
+    meant is of the plain class and in the house form.
+    """
+    plain = type(error) in (ValueError, LookupError, FloatingPointError)
+    return (plain and str(error).startswith("expected ")) or isinstance(error, NotImplementedError)
+
+
 def expect_count(name: str, value: object, least: int = 1) -> None:
     """Refuse what is not a whole number of at least `least` (a bool is none)."""
     ok = not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least

@@ -243,6 +243,10 @@ class Question:
     points: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        right = isinstance(self.architecture, Architecture)
+        expect(right, "an Architecture", self.architecture, "make one with nope.decoder")
+        expect(isinstance(self.init, Scheme), "a Scheme", self.init, "take one of nope.init")
+        expect(isinstance(self.place, str), "the name of a place", self.place, "change place")
         expect(
             self.observable in OBSERVABLES,
             f"an observable of {', '.join(OBSERVABLES)}",

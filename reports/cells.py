@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
-from math import gcd, isfinite
+from math import gcd
 from pathlib import Path
+from sys import float_info
 from typing import Any, get_args
 
 import numpy as np
@@ -33,6 +34,8 @@ from theory.predict import Asked, Prediction, predict
 
 LARGEST = 1_000_000
 """More cells than this are a mistake."""
+LARGEST_COUNT = 2**63 - 1
+"""Sizes are numbers of 64 bits to the theory, to the layers and in the table."""
 
 SCHEMES: Mapping[str, Callable[..., Scheme]] = {
     scheme.__name__: scheme
@@ -72,7 +75,7 @@ def _numbers(name: str, written: Any) -> list[float]:
     if isinstance(written, str):
         return grids.values(written)
     number = isinstance(written, int | float) and not isinstance(written, bool)
-    finite = number and isfinite(written)
+    finite = number and abs(written) <= float_info.max
     expect(finite, f"finite numbers for {name}", written, 'write 0.02 or "0.01:0.1:log9"')
     return [float(written)]
 
@@ -147,8 +150,8 @@ Grid = Mapping[str, Sequence[Any]]
 def read(grid: Mapping[str, Any] | str | Path) -> Grid:
     """A grid from a mapping or a TOML file: axes to a value, a range as text, or a list of these.
 
-    Raises `ValueError` for what is no TOML, an unknown axis and a value that an axis cannot have,
-    `OSError` for a file that cannot be read.
+    Raises `ValueError` for what is no TOML, an unknown axis and a value that an axis cannot have
+    (which axis, and of which file), `OSError` for a file that cannot be read.
 
     >>> read({"d_model": "16:48:16", "std": [0.02, "0.1:1:log2"]})
     {'d_model': [16, 32, 48], 'std': [0.02, 0.1, 1.0]}
@@ -156,7 +159,8 @@ def read(grid: Mapping[str, Any] | str | Path) -> Grid:
     written = grid if isinstance(grid, Mapping) else _toml(Path(grid))
     unknown = [name for name in written if name not in AXES]
     expect(not unknown, f"axes of {', '.join(AXES)}", ", ".join(unknown), "correct the name")
-    found = {name: _values(name, given) for name, given in written.items()}
+    file = "" if isinstance(grid, Mapping) else f" of {grid}"
+    found = {name: _values(name, given, file) for name, given in written.items()}
     for name, values in found.items():
         expect(bool(values), f"a value of {name}", written[name], "give one or drop the axis")
     return found
@@ -169,9 +173,12 @@ def _toml(path: Path) -> Mapping[str, Any]:
         raise ValueError(f"expected {path} to be TOML, got {error}; correct it") from error
 
 
-def _values(name: str, given: Any) -> list[Any]:
+def _values(name: str, given: Any, file: str) -> list[Any]:
     parts = given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
-    return list(dict.fromkeys(value for part in parts for value in AXES[name].read(name, part)))
+    try:
+        return list(dict.fromkeys(value for part in parts for value in AXES[name].read(name, part)))
+    except ValueError as error:
+        raise ValueError(f"{error} (axis {name}{file})") from error
 
 
 @dataclass(frozen=True)
@@ -225,6 +232,9 @@ def _setting(setting: tuple[Any, ...]) -> tuple[nope.Architecture, Scheme]:
     """The architecture and the initialisation of cells, one object for those that share it."""
     at = dict(zip((name for name in AXES if name not in OF_THEORY), setting, strict=True))
     sizes = {name: at[name] for name in DECODER}
+    for name, size in sizes.items():
+        ok = not isinstance(size, int) or size <= LARGEST_COUNT
+        expect(ok, f"{name} of at most {LARGEST_COUNT:.3g}", size, f"lower {name}")
     taken = {name: at[name] for name in OF_SCHEME if at[name] is not None}
     architecture = nope.decoder(**sizes, tokens=GaussianTokens(at["token_std"]))
     return architecture, SCHEMES[at["scheme"]](**taken)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,22 +32,31 @@ import theory
 from montecarlo import Campaign, Conditions
 from montecarlo.engines import default_workers, device_of
 from montecarlo.plan import POWER
+from nope.checks import is_refusal
 from nope.devices import resolve_device
 from reports import cells, estimates, grids, plan, suite, tables
+from reports.sweep import require
 from reports.sweep import sweep as hold_over
 from reports.verdicts import REFUTED, Run, Verdict
 from theory.claims import Claim, select
 
-INTERRUPTED, BAD_USAGE, UNFORESEEN = 130, 2, 70
-REFUSALS = (
-    ValueError,
-    LookupError,
-    OSError,
-    ArithmeticError,
-    MemoryError,
-    RuntimeError,
-    ImportError,
-)
+INTERRUPTED, BAD_USAGE, UNFORESEEN, UNREAD = 130, 2, 70, 141
+"""Exit statuses beside those of a run; that of a broken pipe is 128 and SIGPIPE's number."""
+OF_THE_MACHINE = (OSError, MemoryError, RuntimeError, ImportError)
+"""What a machine refuses, whatever it says."""
+ELSEWHERE = "name a place that can be written"
+REMEDIES = {
+    errno.ENOENT: "correct the path, or make its directory",
+    errno.ENOTDIR: "a file stands where a directory is wanted: name a directory",
+    errno.EEXIST: "a file stands where a directory is wanted: name a directory",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "shorten it",
+    errno.ENOSPC: "make room",
+    errno.EROFS: ELSEWHERE,
+    errno.EACCES: ELSEWHERE,
+    errno.EPERM: ELSEWHERE,
+}
+"""What to do where the operating system refuses a file."""
 CURVE_ROWS = 8
 REASONS = 3
 """So many of the commonest reasons are printed."""
@@ -88,17 +98,62 @@ def _table(first: str, *others: str) -> Table:
 def main() -> None:
     """The entry point; a refusal is one line on standard error and exit status 2.
 
-    Anything unforeseen keeps its traceback and ends with 70, never with the 1 of a surprise.
+    Anything unforeseen keeps its traceback and ends with 70, never with the 1 of a surprise.  So
+    does a pipe that nobody reads any more, with 141; by then what is to be saved has been.
     """
     try:
+        _run()
+    except BrokenPipeError:
+        status, words = UNREAD, ""
+    except Exception as error:
+        if is_refusal(error) or isinstance(error, OF_THE_MACHINE):
+            status, words = BAD_USAGE, f"nope: {_said(error)}\n"
+        else:
+            status, words = UNFORESEEN, traceback.format_exc()
+    with suppress(OSError):
+        sys.stderr.write(words)
+    _let_go()
+    sys.exit(status)
+
+
+def _run() -> None:
+    """Run the command and send off what it printed; typer and rich make a broken pipe an exit."""
+    try:
         app()
-    except REFUSALS as error:
-        message = error.args[0] if isinstance(error, LookupError) and error.args else error
-        print(f"nope: {str(message).splitlines()[0]}", file=sys.stderr)
-        sys.exit(BAD_USAGE)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(UNFORESEEN)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise ended.__context__ from None
+        sys.stdout.flush()
+        raise
+
+
+def _said(error: Exception) -> str:
+    """A refusal in one line; the operating system's in the house form."""
+    if isinstance(error, OSError) and error.errno is not None:
+        what = error.filename or "standard output or a file"
+        remedy = REMEDIES.get(error.errno, "name another")
+        return f"expected {what} to be usable, got {error.strerror!r}; {remedy}"
+    message = error.args[0] if isinstance(error, LookupError) and error.args else error
+    return (str(message).splitlines() or [repr(error)])[0]
+
+
+def _let_go() -> None:
+    """Drop what cannot be written: the interpreter would try it again and change the status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _path(text: str) -> Path:
+    """A path that was typed; an empty one would be the current directory."""
+    if not text:
+        raise typer.BadParameter("expected a path, got ''; name one, or . for this directory")
+    return Path(text)
+
+
+TYPED: Any = {"parser": _path, "metavar": "PATH"}
 
 
 @app.callback(invoke_without_command=True)
@@ -143,9 +198,12 @@ def verify(
         int, typer.Option(help="Inputs per draw of the weights, where a question allows several.")
     ] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Directory of the run; one that was killed goes on.")
+        Path | None,
+        typer.Option(**TYPED, help="Directory of the run; one that was killed goes on."),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", **TYPED, help="Also write the JSON.")
+    ] = None,
     d_model: Annotated[int, typer.Option()] = 768,
     n_heads: Annotated[
         int | None, typer.Option(help="12, or its greatest common divisor with d_model.")
@@ -159,8 +217,9 @@ def verify(
     """Hold claims against real layers.
 
     Exit status: 0 when no verdict is opposite to the expected one, 1 when one is, 3 when one
-    is UNDECIDED, 2 on bad usage, 130 after Ctrl-C.
+    is UNDECIDED, 2 on bad usage, 130 after Ctrl-C, 141 when nobody reads the output.
     """
+    require(error_rate, tolerance, draws, budget)
     sizes = {
         "d_model": d_model,
         "n_heads": n_heads,
@@ -169,8 +228,6 @@ def verify(
         "token_std": token_std,
     }
     chosen = select(theory.claims(**sizes), claims or ())
-    if not 0 < tolerance < np.inf:
-        raise ValueError(f"expected tolerance above 0, got {tolerance}; change --tolerance")
     if list_claims:
         _print_claims(chosen, tolerance)
         return
@@ -442,7 +499,8 @@ def sweep(
     sampler: Annotated[str, typer.Option(help="real, collapsed, or auto: the faster.")] = "auto",
     inputs: Annotated[int, typer.Option(help="Per draw of the weights.")] = 1,
     out: Annotated[
-        Path | None, typer.Option(help="Directory of the table; a sweep that was killed goes on.")
+        Path | None,
+        typer.Option(**TYPED, help="Directory of the table; a sweep that was killed goes on."),
     ] = None,
     worst_only: Annotated[bool, typer.Option(help="One row per cell: the worst position.")] = False,
     list_axes: Annotated[bool, typer.Option("--list", help="List axes and columns.")] = False,
@@ -450,11 +508,12 @@ def sweep(
 ) -> None:
     """Hold the theory against real layers in every cell of a grid; write one table.
 
-    The exit status is that of verify.
+    The exit status is that of verify, and 2 where every cell is NOT_APPLICABLE.
     """
     if list_axes:
         _print_axes()
         return
+    require(error_rate, tolerance, draws, budget)
     asked = {**(cells.read(grid) if grid else {}), **(grids.split(over) if over else {})}
     if dry_run:
         where = device_of(engine, device, dtype)
@@ -533,6 +592,8 @@ def _print_estimate(found: estimates.Estimate, workers: int) -> None:
         f"{found.draws:.2g} draws and {found.seconds:.0f} s on {workers} workers, after "
         f"{found.predicting:.0f} s for the theory."
     )
+    for reason, count in found.refused.most_common(REASONS):
+        print(f"{count:,} cells of these groups would not be judged: {reason}")
     if found.endless:
         print(
             f"{found.endless:.0%} of the cells lie on an edge of their band, where no number of "
@@ -576,7 +637,8 @@ def phase(
     show: Annotated[str, typer.Option(help="verdict or error.")] = "verdict",
     where: Annotated[str, typer.Option(help="Only these cells: fidelity=uniform,n_ctx=8,16")] = "",
     out: Annotated[
-        Path | None, typer.Option(help="A file .svg, .png or .pdf; phase.svg beside the table.")
+        Path | None,
+        typer.Option(**TYPED, help="A file .svg, .png or .pdf; phase.svg beside the table."),
     ] = None,
 ) -> None:
     """Draw the phase diagram of a sweep."""
@@ -680,7 +742,7 @@ def _print_formula(found: theory.Formula) -> None:
 @app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(help="A directory that nope verify --out made.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write report.html.")] = None,
+    out: Annotated[Path | None, typer.Option(**TYPED, help="Where to write report.html.")] = None,
 ) -> None:
     """Write one self-contained HTML file about a run."""
     from reports import document

@@ -32,8 +32,8 @@ class Estimate:
 
     `draws` and `seconds` are of all groups together (a group is what shares draws), `seconds`
     those of drawing and `predicting` those of the theory, both with all workers at work.
-    `judged` is the share of the cells that draws would decide, `endless` the share that no
-    number of draws would.
+    `judged` is the share of the cells that draws would decide, `refused` why others of the sample
+    would not be judged, `endless` the share that no number of draws would decide.
     """
 
     cells: int
@@ -41,6 +41,7 @@ class Estimate:
     impossible: Counter[str]
     sampled: int
     judged: float
+    refused: Counter[str]
     endless: float
     draws: float
     seconds: float
@@ -83,6 +84,7 @@ def estimate(
         impossible=Counter(reason for reason in reasons if reason),
         sampled=len(sample),
         judged=len(judged) / count,
+        refused=Counter(one.reason for one in asked if one.reason),
         endless=sum(np.isinf(pilot.needed) for pilot in pilots) / count,
         draws=each * sum(_largest(pilots, "draws")),
         seconds=size * sum(_largest(pilots, "seconds")) / workers,
@@ -100,7 +102,7 @@ def _impossible(cell: Cell) -> str:
     """Why a cell has no question; empty where it has one."""
     try:
         cell.question  # noqa: B018
-    except ValueError as error:
+    except Exception as error:
         return line(error)
     return ""
 

@@ -14,6 +14,7 @@ from montecarlo.engines import Running, in_process
 from montecarlo.engines import engine as engine_of
 from montecarlo.memory import require_memory
 from montecarlo.sampler import Group
+from nope.checks import is_refusal
 from reports import suite
 from reports.cells import Cell, by_setting
 from reports.suite import Case
@@ -51,12 +52,16 @@ NOT_ASKED = Forecast(reason="interrupted before the theory was asked", without=U
 
 
 def forecast(cell: Cell, tolerance: float) -> Forecast:
-    """Ask the theory.  Whatever goes wrong is this cell's reason, and no other's."""
+    """Ask the theory.  Whatever goes wrong is this cell's reason, and no other's.
+
+    What the theory refuses is NOT_APPLICABLE; where it fails the cell is UNDECIDED.
+    """
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused
             return _forecast(cell, tolerance)
     except Exception as error:
-        return Forecast(reason=line(error))
+        without = NOT_APPLICABLE if is_refusal(error) else UNDECIDED
+        return Forecast(reason=line(error), without=without)
 
 
 def _forecast(cell: Cell, tolerance: float) -> Forecast:
@@ -69,9 +74,8 @@ def _forecast(cell: Cell, tolerance: float) -> Forecast:
 
 def line(error: Exception) -> str:
     """An error in one line; one that was not foreseen says its kind."""
-    foreseen = isinstance(error, ValueError | LookupError | NotImplementedError | OSError)
     (words, *_) = str(error.args[0] if error.args else error).splitlines() or [""]
-    return words if foreseen else f"{type(error).__name__}: {words}"
+    return words if is_refusal(error) else f"{type(error).__name__}: {words}"
 
 
 def _forecast_all(batch: Sequence[Cell], tolerance: float) -> list[Forecast]:

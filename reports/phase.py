@@ -44,13 +44,16 @@ def phase(table: pd.DataFrame, x: str, y: str, show: str = "verdict", where: str
     `show` is `verdict`, or `error`: |estimate - prediction| at the worst position, over what the
     tolerance multiplies.  The black line is where the verdict that the best theory expects changes.
     `where` keeps some cells: `fidelity=uniform,n_ctx=8,16`.  Raises `ValueError` for an axis that
-    the table has not, no cells, and more than a dozen panels.
+    the table has not or that is empty, no cells, and more than a dozen panels.
     """
     expect_choice("show", show, SHOWN)
     for name in (x, y):
         expect(name in VARIED, f"an axis of {', '.join(VARIED)}", name, "name one of these")
     expect(x != y, "two different axes", x, "change one")
     cells = _kept(table[table["worst"]], where)
+    for name in (x, y):
+        remedy = "name one that their scheme takes, or other cells"
+        expect(bool(cells[name].notna().any()), "an axis with values in these cells", name, remedy)
     panels = _panels(cells, x, y)
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         return _figure(cells, panels, x, y, show)

@@ -22,11 +22,12 @@ import sympy as sp
 
 from montecarlo import Campaign, Conditions, Decision, Target, exponent
 from montecarlo.campaign import require_limits
+from montecarlo.decide import require_rate
 from montecarlo.engines import device_of
 from montecarlo.estimators import Integrated, best
 from montecarlo.plan import detectable, more_draws
 from montecarlo.store import opened
-from nope.checks import expect
+from nope.checks import expect, expect_finite
 from nope.questions import Question
 from reports.verdicts import NOT_APPLICABLE, UNDECIDED, UNINFORMATIVE, Run, Verdict
 from theory.claims import UNINFORMATIVE_BAND, Claim
@@ -77,8 +78,7 @@ class Case:
 
 def cases_of(claims: Iterable[Claim], tolerance: float) -> list[Case]:
     """Every question of every claim.  Raises `ValueError` for a tolerance that is not positive."""
-    if not 0 < tolerance < np.inf:
-        raise ValueError(f"expected tolerance above 0, got {tolerance}; change tolerance")
+    expect_finite("tolerance", tolerance, positive=True)
     return [Case.of(claim, question, tolerance) for claim in claims for question in claim.asked]
 
 
@@ -87,7 +87,7 @@ def targets_of(cases: Sequence[Case], error_rate: float, plain: bool = True) -> 
 
     Unless `plain`, a claim is measured by an estimator that spends what the claim assumes.
     """
-    _require_rate(error_rate)
+    require_rate(error_rate)
     judged = [(case.claim, case.region) for case in cases if case.region is not None]
     share = error_rate / 2 / max(1, len(judged))
     return [
@@ -101,10 +101,6 @@ def targets_of(cases: Sequence[Case], error_rate: float, plain: bool = True) -> 
         )
         for claim, region in judged
     ]
-
-
-def _require_rate(error_rate: float) -> None:
-    expect(0 < error_rate < 1, "error_rate between 0 and 1", error_rate, "change it")
 
 
 def estimator_of(claim: Claim, question: Question) -> Integrated | None:
@@ -182,7 +178,7 @@ def verify(
         seed, device_of(engine, device, dtype), dtype, sampler=sampler, inputs=inputs
     )
     require_limits(draws, budget)
-    _require_rate(error_rate)
+    require_rate(error_rate)
     if budget is None and draws is None:
         budget = BUDGET
     cases = cases_of(chosen, tolerance)

@@ -6,7 +6,7 @@ rate for all cells together.  Cells that differ in fidelity or in what they ask 
 The result is one tidy table (`reports.tables.COLUMNS`): a row per cell and judged position.  In
 each cell one row is marked `worst`, so that `table[table.worst]` has a row per cell.  What cannot
 be judged (heads that do not divide the width, a formula that is not known, a number that is not
-finite, a block that fails) is a cell with its reason, and the others go on.
+finite, a theory or a block that fails) is a cell with its reason, and the others go on.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import pandas as pd
 from montecarlo import Decision
 from nope.checks import expect
 from reports import suite
-from reports.cells import AXES, OF_SCHEME, Cell
+from reports.cells import AXES, LARGEST_COUNT, OF_SCHEME, Cell
 from reports.forecasts import Forecast
-from reports.verdicts import CONFIRMED, REFUTED, UNDECIDED
+from reports.verdicts import CONFIRMED, NOT_APPLICABLE, REFUTED, UNDECIDED
 from theory.relations import Region
 
 SCHEMA = "nope.sweep/1"
@@ -45,7 +45,8 @@ COLUMNS: Mapping[str, str] = {
     "observable": "what is measured: see nope.OBSERVABLES",
     "place": "where",
     **ENTRIES,
-    "verdict": "CONFIRMED, REFUTED, UNDECIDED, NOT_APPLICABLE, UNINFORMATIVE, of the whole cell",
+    "verdict": "CONFIRMED, REFUTED, UNDECIDED, NOT_APPLICABLE, UNINFORMATIVE, of the whole cell; "
+    "UNDECIDED also where the theory or a block failed",
     "expected": "CONFIRMED or REFUTED where the best theory decides it",
     "draws": "independent draws of weights and inputs",
     "reason": "why nothing was judged, or what ended it",
@@ -78,11 +79,16 @@ def tabulate(
 
 
 def exit_status(table: pd.DataFrame) -> int:
-    """As a run's: 1 if a verdict is opposite to the expected one, 3 if one is UNDECIDED, else 0."""
+    """As a run's: 1 if a verdict is opposite to the expected one, 3 if one is UNDECIDED, else 0.
+
+    2, as for what cannot be asked, where every cell is NOT_APPLICABLE.
+    """
     verdicts, expected = table["verdict"].astype(object), table["expected"].astype(object)
     known = verdicts.isin(KNOWLEDGE) & expected.isin(KNOWLEDGE)
     if (known & (verdicts != expected)).any():
         return 1
+    if (verdicts == NOT_APPLICABLE).all():
+        return 2
     return 3 if (verdicts == UNDECIDED).any() else 0
 
 
@@ -90,7 +96,7 @@ def _head(cell: Cell, one: Forecast, decision: Decision | None) -> dict[str, Any
     """What a cell's rows have in common."""
     measured = decision.measurement if decision else None
     ended = "" if measured else decision and str(decision.failure or "nothing drawn")
-    at = cell.at
+    at = {name: _held(value) for name, value in cell.at.items()}
     observable, _, place = at.pop("question").split()
     return {
         **at,
@@ -101,6 +107,11 @@ def _head(cell: Cell, one: Forecast, decision: Decision | None) -> dict[str, Any
         "draws": measured.draws if measured else 0,
         "reason": one.reason or ended,
     }
+
+
+def _held(value: Any) -> Any:
+    """A value as a column holds it: a whole number beyond 64 bits is a float."""
+    return float(value) if isinstance(value, int) and abs(value) > LARGEST_COUNT else value
 
 
 def _entries(one: Forecast, decision: Decision | None, worst_only: bool) -> dict[str, np.ndarray]:

@@ -151,8 +151,9 @@ class Run:
             run._require_whole()
             return run
         except (ValueError, TypeError, KeyError) as error:
+            got = f"one without {error}" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"expected {file} to be a {SCHEMA} document, got {error}; run nope verify again"
+                f"expected {file} to be a {SCHEMA} document, got {got}; run nope verify again"
             ) from error
 
     def _require_whole(self) -> None:

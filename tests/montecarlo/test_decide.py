@@ -113,11 +113,15 @@ def test_stop_is_polled_between_blocks():
 
 
 IMPOSSIBLE = {
-    "error rate 0": ({"error_rate": 0.0}, "expected error_rate between 0 and 1, got 0.0"),
-    "error rate 1": ({"error_rate": 1.0}, "expected error_rate between 0 and 1, got 1.0"),
-    "error rate NaN": ({"error_rate": math.nan}, "expected error_rate between 0 and 1, got nan"),
-    "no draws": ({"draws": 0}, "expected draws to be a finite positive number, got 0"),
-    "negative draws": ({"draws": -5}, "expected draws to be a finite positive number, got -5"),
+    "error rate 0": ({"error_rate": 0.0}, "expected error_rate from 1e-100 .*, got 0.0"),
+    "error rate 1": ({"error_rate": 1.0}, "expected error_rate from 1e-100 .*, got 1.0"),
+    "error rate NaN": ({"error_rate": math.nan}, "expected error_rate from 1e-100 .*, got nan"),
+    "error rate that underflows": ({"error_rate": 5e-324}, "expected error_rate from 1e-100 to"),
+    "no error rate": ({"error_rate": None}, "expected error_rate from 1e-100 .*, got None"),
+    "half a draw": ({"draws": 2.5}, "expected draws to be a whole number .*, got 2.5"),
+    "a draw that is no number": ({"draws": True}, "expected draws to be a whole number"),
+    "no draws": ({"draws": 0}, "expected draws to be a whole number of at least 1, got 0"),
+    "negative draws": ({"draws": -5}, "expected draws to be a whole number of at least 1, got -5"),
     "no budget": ({"budget": 0.0}, "expected budget to be a finite positive number, got 0.0"),
     "endless budget": ({"budget": math.inf}, "expected budget to be a finite .*, got inf"),
     "budget NaN": ({"budget": math.nan}, "expected budget to be a finite .*, got nan"),
@@ -127,6 +131,9 @@ IMPOSSIBLE = {
     "NaN bound": ({"high": math.nan}, "expected low <= high"),
     "unknown dtype": ({"dtype": "float16"}, "expected dtype float32 or float64, got 'float16'"),
     "unknown device": ({"device": "tpu"}, "expected a device of .*, got 'tpu'"),
+    "half a worker": ({"workers": 1.5}, "expected at least 1 worker, got 1.5"),
+    "no engine": ({"engine": None}, "expected an engine: local, .*, got None"),
+    "no question": ({"question": None}, "expected a nope.Question, got None"),
     "no workers": ({"workers": 0}, "expected at least 1 worker, got 0"),
     "negative workers": ({"workers": -1}, "expected at least 1 worker, got -1"),
 }
@@ -135,9 +142,9 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize(("changes", "message"), IMPOSSIBLE.values(), ids=IMPOSSIBLE)
 def test_wrong_arguments_are_refused(changes, message):
     """`ValueError` with what was expected and what was got."""
-    arguments = {"low": 0.0, "high": 1.0, "draws": 1, "workers": 1} | changes
+    arguments = {"question": query(), "low": 0.0, "high": 1.0, "draws": 1, "workers": 1} | changes
     with pytest.raises(ValueError, match=message):
-        decide(query(), **arguments)
+        decide(**arguments)
 
 
 HUGE = nope.Question(
@@ -179,6 +186,28 @@ def test_devices_that_are_not_there_are_refused_at_every_door(door):
         Campaign([target], Conditions(device="cuda:7")).run()
     with pytest.raises(ValueError, match="expected dtype to be one of float32, float64"):
         Conditions(dtype="float16")
+
+
+@pytest.mark.parametrize("draws", [None, 2.5, True, "x"])
+def test_a_measurement_without_a_number_of_draws_is_refused(draws, monkeypatch):
+    """It would never end: nothing is drawn."""
+    monkeypatch.setattr(sampler, "block", None)
+    with pytest.raises(ValueError, match="expected draws to be a whole number of at least 1, got"):
+        measure(query(), draws=draws)
+
+
+@pytest.mark.parametrize("questions", [None, "two", [query(), None]])
+def test_only_questions_are_measured(questions):
+    """One or several."""
+    with pytest.raises(ValueError, match=r"expected a nope.Question, got"):
+        measure(questions)
+
+
+@pytest.mark.parametrize("std", [1e-30, 1e30])
+def test_the_remedy_for_what_is_not_finite_goes_either_way(std):
+    """Tokens whose squares underflow want a larger std, those whose squares overflow a smaller."""
+    with pytest.raises(FloatingPointError, match="weights and tokens of a std nearer to 1"):
+        measure(query(tokens=nope.GaussianTokens(std)), draws=1)
 
 
 def test_bands_that_no_number_of_draws_reaches_are_refused(monkeypatch):
@@ -271,7 +300,8 @@ def test_an_interrupt_is_no_failing_block(monkeypatch):
 
 def test_bounds_of_another_shape_are_refused():
     """Bounds broadcast to the question's shape or not at all."""
-    with pytest.raises(ValueError, match="shape"):
+    refusal = r"expected low to be a number or of shape \(4,\), got \(3,\); change low"
+    with pytest.raises(ValueError, match=refusal):
         decide(query(), np.zeros(3), 1.0, draws=1, workers=1)
 
 

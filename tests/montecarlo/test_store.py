@@ -273,7 +273,10 @@ def test_notes_are_kept_as_they_are(tmp_path):
         store.note("a", b"later")
     with Store(tmp_path) as store:
         assert [store.noted(key) for key in "abc"] == [b"\x00\xff", b"", None]
-        alter(tmp_path, "UPDATE note SET content = x'01' WHERE key = 'a'")
+        for value in ("x'01'", "'text'"):
+            alter(tmp_path, f"UPDATE note SET content = {value} WHERE key = 'a'")
+            with pytest.raises(OSError, match="a damaged note a"):
+                store.noted("a")
         with pytest.raises(OSError, match="a damaged note a"):
             store.noted("a")
 
@@ -319,10 +322,11 @@ def test_a_spoilt_store_is_refused_and_left_as_it_is(tmp_path, spoil, said):
     assert (tmp_path / FILE).read_bytes() == content
 
 
-def test_a_damaged_block_is_refused(tmp_path):
-    """A number that is no longer what was computed decides nothing."""
+@pytest.mark.parametrize("value", ["zeroblob(length(mean))", "'text'", "7", "x''"])
+def test_a_damaged_block_is_refused(tmp_path, value):
+    """A number that is no longer what was computed decides nothing, whatever SQLite has for it."""
     drawn(tmp_path)
-    alter(tmp_path, "UPDATE block SET mean = zeroblob(length(mean)) WHERE number = 2")
+    alter(tmp_path, f"UPDATE block SET mean = {value} WHERE number = 2")
     kept = rows(tmp_path)
     assert "a damaged block 2" in refused(tmp_path)
     assert rows(tmp_path) == kept

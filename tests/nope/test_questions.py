@@ -253,6 +253,22 @@ def test_given_weights_need_a_condition():
         given_weights(ask("kernel"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"architecture": None}, "an Architecture, got None"),
+        ({"init": "normal"}, "a Scheme, got 'normal'"),
+        ({"place": None}, "the name of a place, got None"),
+    ],
+)
+def test_parts_of_another_type_are_refused(changes, expected):
+    """At construction, not where they are first used."""
+    with pytest.raises(ValueError, match=f"expected {expected}; "):
+        dataclasses.replace(ask("kernel"), **changes)
+    with pytest.raises(ValueError, match=r"expected GaussianTokens\(\) .*, got 3; change tokens"):
+        nope.decoder(4, 2, n_ctx=4, tokens=3)
+
+
 def test_stream_keys_are_256_bits_and_keep_labels_apart():
     """Joining labels in another way gives another key."""
     keys = [

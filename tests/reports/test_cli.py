@@ -1,5 +1,6 @@
 """The command: what it prints, what it refuses, how it ends."""
 
+import errno
 import json
 import os
 import signal
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+import reports
 import theory
 from montecarlo.store import FILE
-from reports import grids
-from reports.verdicts import Run
+from reports import cli, grids
+from reports.verdicts import INFO, Run
 
 QUICK = ["--d-model", "16", "--n-heads", "2", "--n-ctx", "4", "--std", "0.2", "--workers", "1"]
 
@@ -142,6 +144,135 @@ def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
         assert done.returncode == 2
         assert "expected a" in done.stderr
         assert "draws" not in done.stdout + done.stderr
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words) -> str:
+    """What is said by the command, run in this process, which ends with 2."""
+    monkeypatch.setattr(sys, "argv", ["nope", *map(str, words)])
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    assert status.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--error-rate", "5e-324"], "expected error_rate from 1e-100 to less than 1, got 5e-324"),
+        (["--dry-run", "--draws", "0"], "expected draws to be a whole number of at least 1, got 0"),
+        (["--dry-run", "--budget", "-1"], "expected budget to be a finite positive number"),
+        (["--list", "--error-rate", "5"], "expected error_rate from 1e-100 to less than 1, got 5"),
+        (["--list", "--tolerance", "0"], "expected tolerance to be a finite positive number"),
+        (["--out", ""], "expected a path, got ''"),
+        (["--json", ""], "expected a path, got ''"),
+    ],
+)
+def test_options_are_refused_whatever_is_done_with_them(monkeypatch, capsys, words, said):
+    """Also where they would not be used; an empty path is not the current directory."""
+    assert said in refusal(monkeypatch, capsys, "verify", "chi2023.lemma1", *words)
+
+
+@pytest.mark.parametrize("place", ["file/sub", "a" * 300, "/proc/nothing"])
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, tmp_path, place):
+    """Which file, what was wrong with it, what to do: not a bare number of an error."""
+    (tmp_path / "file").write_text("")
+    asked = ["sweep", "--over", "d_model=8,n_heads=2", "--out", tmp_path / place]
+    (line,) = refusal(monkeypatch, capsys, *asked).splitlines()
+    assert line.startswith(f"nope: expected {tmp_path / place} to be usable, got '")
+    assert "; " in line
+    assert "Errno" not in line
+
+
+def test_files_to_read_and_to_write_are_refused_alike(monkeypatch, capsys, tmp_path):
+    """A grid that is not there, a picture for no directory, a report in place of a file."""
+    grid = {"d_model": 8, "n_heads": 2, "n_ctx": 3, "d_ff": 0, "std": [0.02, 0.1]}
+    reports.sweep(grid, draws=1, workers=1, out=tmp_path, stop=lambda: True)
+    (tmp_path / "file").write_text("")
+    Run({"versions": {}, **dict.fromkeys(INFO, 0)}, ()).save(tmp_path)
+    drawn = ["phase", tmp_path, "--x", "std", "--y", "d_model", "--out", tmp_path / "no" / "x.svg"]
+    for words, name in (
+        (["sweep", tmp_path / "no.toml", "--out", tmp_path], "no.toml"),
+        (drawn, "x.svg"),
+        (["report", tmp_path, "--out", tmp_path / "file"], "file"),
+    ):
+        (line,) = refusal(monkeypatch, capsys, *words).splitlines()
+        assert f"{name} to be usable, got '" in line
+
+
+def test_a_fault_of_the_program_is_no_bad_usage(monkeypatch, capsys):
+    """An error of a library keeps its traceback and ends with 70, though it is a `ValueError`."""
+
+    def broken(*_, **__):
+        raise ValueError("operands could not be broadcast")
+
+    monkeypatch.setattr(cli.suite, "verify", broken)
+    monkeypatch.setattr(sys, "argv", ["nope", "verify", "chi2023.lemma1"])
+    with pytest.raises(SystemExit) as status:
+        cli.main()
+    assert status.value.code == 70
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", cli.REMEDIES)
+def test_each_remedy_is_said(number):
+    """As where the file system is read-only, which a test cannot make it."""
+    said = cli._said(OSError(number, os.strerror(number), "x"))
+    assert said == f"expected x to be usable, got {os.strerror(number)!r}; {cli.REMEDIES[number]}"
+
+
+def test_every_refusal_of_a_place_to_write_has_its_remedy():
+    """Those that an ordinary mistake brings about."""
+    ordinary = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.EACCES, errno.ENOSPC}
+    assert ordinary <= set(cli.REMEDIES)
+
+
+# --------------------------------------------------------------------- where output goes
+
+RUN = ["verify", "chi2023.lemma1", *QUICK, "--draws", "64", "--out"]
+
+
+def redirected(how: str, *words: str) -> tuple[int, str]:
+    """The status of the command with its output redirected by a shell, and what it said of it."""
+    command = ["sh", "-c", f'exec "$@" {how}', "sh", sys.executable, "-m", "nope", *words]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    return done.returncode, done.stderr
+
+
+PRINTED = ["formula", "show", "cosine.uniform"]
+
+
+@pytest.mark.parametrize("words", [RUN, PRINTED], ids=["verify", "formula"])
+def test_a_pipe_that_nobody_reads_is_no_verdict(tmp_path, words):
+    """141 and not the 1 of a verdict opposite to the expected one; what was found is saved."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    where = [str(tmp_path)] if words is RUN else []
+    command = [sys.executable, "-m", "nope", *words, *where]
+    try:
+        done = subprocess.run(
+            command, stdout=writing, stderr=subprocess.PIPE, timeout=300, check=False
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+    assert not where or len(Run.load(tmp_path).verdicts) == 3
+
+
+def test_without_output_the_run_is_saved(tmp_path):
+    """Closed streams: nothing is printed, all is computed, and no file takes their number."""
+    status, _ = redirected(">&- 2>&-", *RUN, str(tmp_path))
+    assert status in (0, 3)
+    assert len(Run.load(tmp_path).verdicts) == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="writes to /dev/full")
+@pytest.mark.parametrize("words", [["formula", "list"], PRINTED], ids=["list", "show"])
+def test_a_full_disk_is_a_refusal(words):
+    """Status 2, whether it is noticed at once or at the end."""
+    status, said = redirected(">/dev/full", *words)
+    assert status == 2
+    assert said.startswith("nope: expected standard output or a file to be usable, got 'No space")
+    assert said.count("\n") == 1
 
 
 def status_of(pid: int | str) -> list[str]:

@@ -100,6 +100,10 @@ def test_a_toml_file_is_the_same_grid(tmp_path):
     (tmp_path / "grid.toml").write_text("d_model = ")
     with pytest.raises(ValueError, match="to be TOML"):
         cells(tmp_path / "grid.toml")
+    for value in ('"x"', "1" + "0" * 400):
+        (tmp_path / "grid.toml").write_text(f"d_model = {value}")
+        with pytest.raises(ValueError, match=r"expected .*\(axis d_model of .*grid.toml\)"):
+            cells(tmp_path / "grid.toml")
 
 
 def test_lists_and_geometric_ranges_are_typed_like_any_other():
@@ -192,21 +196,43 @@ def test_each_way_to_fail_is_told_apart(change, verdict, reason):
     assert reason in row["reason"]
 
 
-def test_an_unforeseen_error_stays_in_its_cell(monkeypatch):
-    """A bug of the theory at one cell is named there, and the next cell is judged."""
+BUGS = {
+    "TypeError: a bug": TypeError("a bug"),
+    "IndexError: tuple index out of range": IndexError("tuple index out of range"),
+    "ValueError: could not be broadcast": ValueError("could not be broadcast"),
+}
+
+
+@pytest.mark.parametrize(("reason", "error"), BUGS.items(), ids=BUGS)
+def test_an_unforeseen_error_stays_in_its_cell(monkeypatch, reason, error):
+    """A bug of the theory at one cell is no refusal: it is named there, the status tells of it.
+
+    The next cell is judged.
+    """
     from reports import cells as module
 
     ask = module.predict
 
     def broken(question, fidelity):
         if fidelity == "any_temperature":
-            raise TypeError("a bug")
+            raise error
         return ask(question, fidelity)
 
     monkeypatch.setattr(module, "predict", broken)
     found = reports.sweep({**BARE, "std": 0.02}, worst_only=True, **QUICK)
-    assert found["reason"].tolist() == ["", "TypeError: a bug"]
-    assert found["verdict"].tolist() == ["CONFIRMED", "NOT_APPLICABLE"]
+    assert found["reason"].tolist() == ["", reason]
+    assert found["verdict"].tolist() == ["CONFIRMED", "UNDECIDED"]
+    assert tables.exit_status(found) == 3
+
+
+def test_a_size_beyond_64_bits_is_refused_in_its_cell(tmp_path):
+    """The other cells go on, and the table is written."""
+    grid = {**BARE, "d_model": [10**26, 64], "std": 0.02, "fidelity": "uniform"}
+    reports.sweep(grid, out=tmp_path, worst_only=True, **QUICK)
+    found = tables.load(tmp_path)
+    assert found["verdict"].tolist() == ["NOT_APPLICABLE", "CONFIRMED"]
+    assert found["d_model"].tolist() == [1e26, 64]
+    assert "expected d_model of at most 9.22e+18, got 1" in found["reason"][0]
 
 
 def test_what_no_draw_can_decide_is_refused_in_its_cell():
@@ -490,6 +516,26 @@ def test_the_command_sweeps_and_draws(tmp_path, monkeypatch, capsys):
     assert all(name in listed for name in (*AXES, *tables.COLUMNS))
 
 
+def test_a_mistyped_place_is_bad_usage(tmp_path, monkeypatch, capsys):
+    """Where no cell can be asked the status is 2, and the estimate says why beforehand."""
+    over = "d_model=8,n_heads=2,n_ctx=4,d_ff=0,question=second_moment at blocks.0.att_out"
+    words = ["sweep", "--over", over, "--draws", "64", "--workers", "1"]
+    assert ended(monkeypatch, *words, "--dry-run") == 0
+    assert "no place blocks.0.att_out" in capsys.readouterr().out
+    assert ended(monkeypatch, *words, "--out", str(tmp_path)) == 2
+    assert len(tables.load(tmp_path)) == 1
+
+
+def test_an_axis_that_is_empty_has_no_picture():
+    """Xavier has no std, normal no gain: which axis, before anything is drawn."""
+    for scheme, axis in (("xavier_uniform", "std"), ("normal", "gain")):
+        grid = {**TINY, "d_model": [4, 8], "std": 0.1, "scheme": scheme}
+        found = reports.sweep(grid, stop=lambda: True, **QUICK)
+        for pair in ((axis, "d_model"), ("d_model", axis)):
+            with pytest.raises(ValueError, match=f"axis with values in these cells, got '{axis}'"):
+                phase.phase(found, *pair)
+
+
 def test_a_killed_sweep_goes_on(tmp_path):
     """kill -9 while it draws, then the same command: what was committed is not drawn again."""
     over = "d_model=8,n_heads=2,n_ctx=4,d_ff=0,fidelity=uniform"
@@ -524,4 +570,5 @@ def test_the_exit_status_is_that_of_a_run(table):
     calm = table[table["verdict"] != "UNDECIDED"]
     assert tables.exit_status(calm) == 0
     assert tables.exit_status(calm.assign(verdict="UNDECIDED")) == 3
+    assert tables.exit_status(calm.assign(verdict="NOT_APPLICABLE")) == 2
     assert tables.exit_status(calm.assign(verdict="REFUTED", expected="CONFIRMED")) == 1

@@ -73,6 +73,13 @@ def test_a_foreign_file_is_refused(text, tmp_path):
         Run.load(tmp_path)
 
 
+def test_what_a_file_lacks_is_named(tmp_path):
+    """Not by the bare key."""
+    (tmp_path / FILE).write_text("{}")
+    with pytest.raises(ValueError, match="got one without 'schema'"):
+        Run.load(tmp_path)
+
+
 def test_a_damaged_run_is_refused(run, tmp_path):
     """Missing parts, lists of different lengths, words for numbers: one line each."""
     whole = json.loads(run.to_json())

@@ -37,6 +37,8 @@ LARGEST_EXPONENT = 7.0
 """u^k e^-u is 0 in float64 beyond exp of this."""
 SHARPEST = 300.0
 """The largest s: the lattices grow with it, to half a gigabyte."""
+LARGEST_LATTICE = 2e7
+"""Points in x and z at most: 160 MB an array."""
 ROWS = 1024
 """Positions that are integrated at once."""
 LONGEST = 1e100
@@ -54,7 +56,7 @@ class Transforms:
     e^-TAIL/m, the one in x from where m E min(u^least, 1) is e^-TAIL to where phi is.  Its step
     may grow with s, as long as it resolves phi^m, which falls over s/sqrt(2 ln m) where z is
     smooth: few dimensions make steps of phi.  Raises `NotImplementedError` for an s above
-    `SHARPEST`.
+    `SHARPEST`, or that few dimensions resolve with too many points.
     """
 
     def __init__(
@@ -72,6 +74,11 @@ class Transforms:
         right = 4 + s * min(float(np.sqrt(2 * TAIL)), float(self.z[-1]))
         smooth = logits.gaussian or logits.freedom > NARROW**2
         self.x = lattice(-left, right, max(STEP, s / (3 * reach)) if smooth else STEP)
+        if len(self.x) * len(self.z) > LARGEST_LATTICE:
+            raise NotImplementedError(
+                f"expected logits that {LARGEST_LATTICE:.0e} points resolve, got a standard "
+                f"deviation of {s:.3g} with few dimensions, {logits}; lower s or widen the heads"
+            )
         self.step = float(self.x[1] - self.x[0])
         self.u = self._exponential(self.x)
         self.damping = np.exp(-self.u)
