@@ -29,7 +29,7 @@ from theory import symbols
 from theory.bindings import local_bindings
 from theory.cache import recall
 from theory.formula import compile_number_form
-from theory.kernel import Fidelity, Rule, Traits
+from theory.kernel import Fidelity, Rule, Traits, put
 from theory.rules import rule_for
 from theory.symbols import i, j, m, n
 
@@ -61,10 +61,7 @@ class Step:
             return True
         if self.rule.algorithm is not None:
             return False
-        dropped = self.rule.dropped(list(self.used))
-        if dropped.has(sp.Sum):
-            return False  # kernels that kept a sum are no kernels for which a remainder vanishes
-        return _vanishes_everywhere(dropped)
+        return _vanishes_on(self.rule.remainder, self.used)
 
     @cached_property
     def failures(self) -> list[str]:
@@ -258,8 +255,11 @@ def _points(seed: str, *exprs: sp.Expr) -> list[dict[sp.Symbol, Any]]:
 
 
 @lru_cache(maxsize=4096)
-def _vanishes_everywhere(dropped: sp.Expr) -> bool:
-    """Whether a remainder is 0 at random points."""
+def _vanishes_on(remainder: sp.Expr, kernels: tuple[sp.Expr, ...]) -> bool:
+    """Whether a rule's remainder is 0 at random points on these kernels."""
+    dropped = put(remainder, kernels)
+    if dropped.has(sp.Sum):
+        return False  # kernels that kept a sum are no kernels for which a remainder vanishes
     return all(_vanishes(dropped, point) for point in _points("remainder", dropped))
 
 

@@ -116,17 +116,14 @@ class Rule:
 
     def apply(self, kernels: list[sp.Expr]) -> sp.Expr:
         """The expression with symbolic kernels in place of K, J and Q, nothing simplified."""
-        return self._put(self.expression, kernels)
+        return put(self.expression, kernels)
 
-    def dropped(self, kernels: list[sp.Expr]) -> sp.Expr:
-        """The remainder with symbolic kernels in place of K, J and Q."""
-        return self._put(self.remainder, kernels)
 
-    @staticmethod
-    def _put(result: sp.Expr, kernels: list[sp.Expr]) -> sp.Expr:
-        for function, kernel in zip((K, J, Q), kernels, strict=False):
-            result = result.replace(function, _at(kernel))
-        return result
+def put(expression: sp.Expr, kernels: Sequence[sp.Expr]) -> sp.Expr:
+    """Symbolic kernels in place of K, J and Q."""
+    for function, kernel in zip((K, J, Q), kernels, strict=False):
+        expression = expression.replace(function, _at(kernel))
+    return expression
 
 
 def _at(kernel: sp.Expr) -> Callable[[sp.Expr, sp.Expr], sp.Expr]:

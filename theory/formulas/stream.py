@@ -108,10 +108,10 @@ def _normed_covariance(M: np.ndarray, token_std: float, position: int) -> np.nda
     from scipy.special import gammaln
 
     width = len(M)
-    P = np.eye(width) - 1 / width
     norm = np.sqrt(2) * np.exp(gammaln(width / 2) - gammaln((width - 1) / 2))
     c = np.sqrt(width) * norm / (width - 1)
-    MP = M @ P
+    MP = M - M.mean(1, keepdims=True)
     cross = token_std * c * (MP + MP.T)
-    S = token_std**2 * np.eye(width) + (width / (width - 1) * MP @ M.T + cross) / position
-    return np.asarray(P @ S @ P)
+    S = token_std**2 * np.eye(width) + (width / (width - 1) * MP @ MP.T + cross) / position
+    S -= S.mean(1, keepdims=True)
+    return np.asarray(S - S.mean(0))

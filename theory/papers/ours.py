@@ -16,6 +16,7 @@ import numpy as np
 
 import nope
 from nope.architecture import Architecture
+from nope.facts import gain
 from nope.init import Scheme
 from nope.layers import Attention, Residual, Sequence
 from nope.questions import Question
@@ -23,7 +24,6 @@ from theory.claims import Claim, Setting, best_theory
 from theory.formula import Status
 from theory.formulas import formula
 from theory.laws import quantile_points
-from theory.papers.chi2023 import GAINS
 from theory.predict import at, position_arrays, predict
 from theory.relations import Identical, Law, Rate
 from theory.symmetry import theorem
@@ -114,8 +114,8 @@ def _one_layer(setting: Setting) -> Iterator[Claim]:
         yield _calculus(name, statement, question, assumes=ASSUMED.get(name, ()))
 
 
-ASSUMED = {"output": GAINS}
-"""What a softmax does to the output's variance is claimed here, g is Lemma 1's and Lemma 3's."""
+ASSUMED = {"output": (gain("output"),)}
+"""What a softmax does to the output's variance is claimed here, W_O's gain is Lemma 1's."""
 
 
 def _calculus(name: str, statement: str, question: Question, **options: Any) -> Claim:
