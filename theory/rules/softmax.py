@@ -190,6 +190,13 @@ def _spread_over_prefix() -> sp.Expr:
     return trace / m - (sp.Sum(J(i, j), (i, 1, m), (j, 1, m)) - trace) / (m * (m - 1))
 
 
+def _same_for_all_keys(second_moment: np.ndarray, relative: np.ndarray) -> Moved:
+    """A pattern's entries and their relative error, from those of each row."""
+    square = (len(second_moment), len(second_moment))
+    kernel, error = (np.broadcast_to(x[:, None], square) for x in (second_moment, relative))
+    return Moved(kernel, error)
+
+
 def _participate(
     grown: Growth,
     lost: Lost,
@@ -205,11 +212,7 @@ def _participate(
     value = grown.numbers(count, variance, symbols)
     beyond = _numbers(lost(VARIANCE, VALUE), {**symbols, "m": count, "s2": variance, "f": value})
     relative = beyond + np.diagonal(dropped) / np.diagonal(queries)
-    square = (n_ctx, n_ctx)
-    return Moved(
-        np.broadcast_to((value / count**2)[:, None], square),
-        np.broadcast_to(relative[:, None], square),
-    )
+    return _same_for_all_keys(value / count**2, relative)
 
 
 def _participate_copies(
@@ -228,11 +231,7 @@ def _participate_copies(
     known = {"m": count, "s2": np.full(n_ctx, found.attention.variance), "f": count * value}
     relative = error / value + _numbers(lost(VARIANCE, VALUE), {**symbols, **known})
     relative += np.diagonal(dropped) / np.diagonal(queries)
-    square = (n_ctx, n_ctx)
-    return Moved(
-        np.broadcast_to((value / count)[:, None], square),
-        np.broadcast_to(relative[:, None], square),
-    )
+    return _same_for_all_keys(value / count, relative)
 
 
 VARIANCE, VALUE = sp.symbols("s2 f", nonnegative=True)
