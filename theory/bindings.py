@@ -64,15 +64,8 @@ def _shared(architecture: Architecture) -> dict[str, float]:
 
 
 def _own(operation: Operation, architecture: Architecture, init: Scheme) -> dict[str, float]:
-    """What the operation's own weights, heads and eps give."""
-    values: dict[str, float] = {}
-    for weight in operation.weights:
-        if weight.role == "embedding":
-            continue  # its law is that of the tokens, sigma_x
-        law = law_of(init, weight, architecture)
-        symbol = WEIGHT_STD[weight.role].name if weight.role in WEIGHT_STD else "sigma_b"
-        values[symbol] = law.variance**0.5
-        values |= _fourth_moments(weight.role, law)
+    """What the operation's own weights, heads and eps give, and those of what it mixes."""
+    values = _of_weights(operation, architecture, init)
     match operation:
         case Linear(weight=weight) if weight.role == "mlp_out":
             values["d_ff"] = weight.fan_in
@@ -86,6 +79,7 @@ def _own(operation: Operation, architecture: Architecture, init: Scheme) -> dict
             if isinstance(softmax := architecture.places()[pattern], Softmax):
                 values |= _behind_logits(architecture, init, softmax.inputs[0])
             of_values = architecture.places()[source]
+            values |= _of_weights(of_values, architecture, init)
             heads = (of_values.n_heads if isinstance(of_values, Linear) else None) or 1
             values |= {"d_h": architecture.d_model // heads, "H": heads}
         case _:
@@ -94,11 +88,24 @@ def _own(operation: Operation, architecture: Architecture, init: Scheme) -> dict
 
 
 def _behind_logits(architecture: Architecture, init: Scheme, scores: str) -> dict[str, float]:
-    """The fourth moments of the matrices of queries and keys."""
+    """The moments of the matrices of queries and keys."""
+    places = (architecture.places()[place] for place in architecture.places()[scores].inputs)
+    return {
+        name: value
+        for place in places
+        for name, value in _of_weights(place, architecture, init).items()
+    }
+
+
+def _of_weights(operation: Operation, architecture: Architecture, init: Scheme) -> dict[str, float]:
     values: dict[str, float] = {}
-    for place in architecture.places()[scores].inputs:
-        for weight in architecture.places()[place].weights:
-            values |= _fourth_moments(weight.role, law_of(init, weight, architecture))
+    for weight in operation.weights:
+        if weight.role == "embedding":
+            continue  # its law is that of the tokens, sigma_x
+        law = law_of(init, weight, architecture)
+        symbol = WEIGHT_STD[weight.role].name if weight.role in WEIGHT_STD else "sigma_b"
+        values[symbol] = law.variance**0.5
+        values |= _fourth_moments(weight.role, law)
     return values
 
 

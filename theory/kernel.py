@@ -27,7 +27,7 @@ K, J, Q = sp.Function("K"), sp.Function("J"), sp.Function("Q")
 X = sp.Function("X")
 """The excess of a place: E cos / (cosine of the mean kernel) - 1, beyond what 1/d explains."""
 PREFIX_SUM = sp.Sum(K(i, j), (i, 1, m), (j, 1, n))
-ZERO = sp.Integer(0)
+ZERO, ONE = sp.Integer(0), sp.Integer(1)
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,12 @@ class Traits:
 
     `maps` counts the independent random maps that made it (tokens included), each of which adds
     at most 1/d to a relative fluctuation: a bound, and `theory.fluctuations` has the numbers.
-    `normalised`: |x|^2 = d exactly.  `fixed_norm`:
-    K(m, m) does not fluctuate given the inputs, one map after a norm.  `independent`: positions
-    are, given the weights, and of zero mean.  `repeated`: the
-    tokens of which equal ones are equal vectors here, distinct ones independent given the ids.
-    `centred`: a LayerNorm took one dimension.
+    `normalised`: |x|^2 = d exactly.  `slack`: the part that a norm leaves of the relative
+    variance of |x|^2, as a function of the place's own K(m, m): 0 behind an exact one, 1 without;
+    of a matrix's result that of its input.  `independent`: positions are, given the weights, and of
+    zero mean.  `repeated`: the tokens of which equal ones are equal vectors here, distinct ones
+    independent given the ids.  `centred`: a LayerNorm took one dimension; `partly_centred`: from
+    one part of a sum.
     `isotropic`: coordinates i.i.d. Gaussian.  `kurtosis` of a coordinate and `norm_kurtosis`
     E|x|^4/(E|x|^2)^2 are exact at every position m, or None where no closed form is known; one
     that holds for some weights only is in symbols of `theory.symbols.UNKNOWN`, which cancel for
@@ -50,10 +51,11 @@ class Traits:
 
     maps: int = 0
     normalised: bool = False
-    fixed_norm: bool = False
+    slack: sp.Expr = ONE
     independent: bool = False
     repeated: Tokens | None = None
     centred: bool = False
+    partly_centred: bool = False
     isotropic: bool = False
     kurtosis: sp.Expr | None = None
     norm_kurtosis: sp.Expr | None = None

@@ -49,6 +49,9 @@ LEFT = 0.5
 ROWS = 32
 """Rows of a block of pairs: the steps of a long expression stay in the processor's cache."""
 
+LEAST_SLACK = 1e-5
+"""Less changes no logit's moments by more than that part of 1/d."""
+
 GRID = 32
 """Positions at most that fluctuations are followed at: smooth in log m beside the kernel."""
 
@@ -168,7 +171,8 @@ class KernelValues:
             assert rule.algorithm is not None
             kernels = [self.kernel(name) for name in rule.sources]
             dropped = self._dropped(rule.sources[0]) if rule.sources else np.zeros(())
-            known = {**self._symbols[place], "p": self._maps(rule)}
+            maps = self._maps(rule)
+            known = {**self._symbols[place], "p": maps, "slack": self._slack(rule, maps - 1)}
             self._moved[place] = rule.algorithm(kernels, dropped, known, self._n_ctx)
         return self._moved[place]
 
@@ -293,6 +297,17 @@ class KernelValues:
         width = correlation_width(self._passed(source)[0].inherited, rho)
         apart = np.not_equal(*self._grid_positions)
         return 1.0 + self._symbols[source]["d"] * float(np.mean(width[apart]))
+
+    def _slack(self, rule: Rule, maps: float) -> float:
+        """Half the relative variance of the first source's norms, before its own map, in units of
+        maps/d: that of their correlations if coordinates were i.i.d. Gaussian."""
+        if not rule.sources or self._n_ctx == 1:
+            return 0.0
+        source = rule.sources[0]
+        norms = self._passed(source)[0].inherited
+        variance = float(np.mean(norms[0, 0] + norms[1, 1])) / 4
+        slack = min(variance * self._symbols[source]["d"] / maps, 1.0) if maps > 0 else 0.0
+        return slack if slack > LEAST_SLACK else 0.0
 
     def drift(self, place: str) -> tuple[np.ndarray, np.ndarray]:
         """E cos - rho to second order, and what is left of it: of the fluctuation at a place."""

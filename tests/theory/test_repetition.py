@@ -63,7 +63,7 @@ def test_weights_of_two_tokens_by_quadrature(spread):
         assert abs(squares[end - 1] - weight_of_first(counts, spread, 2).sum()) < 1e-9
 
 
-@pytest.mark.parametrize("logits", [WIDE, Logits(3, 5), Logits(4, 6, fixed_norm=False)])
+@pytest.mark.parametrize("logits", [WIDE, Logits(3, 5), Logits(4, 6, slack=1.0)])
 def test_weights_add_up_to_one(logits):
     """E sum_v A_v = 1 at every prefix, at any width."""
     weights, _, _ = window(IDS, 1.5, logits=logits).means
@@ -115,7 +115,7 @@ def test_one_query_is_exact_at_finite_width(fixed_norm, d_model, d_h):
     the key of its token, which one query of a window does not see: left out there.
     """
     mean, error = sampled_kernel(IDS, 1.0, d_model, d_h, fixed_norm, 50_000, seed=d_model)
-    logits = Logits(d_h, d_model - fixed_norm, fixed_norm)
+    logits = Logits(d_h, d_model - fixed_norm, 1.0 - fixed_norm)
     found = np.diagonal(window(IDS, 1.0, logits=logits).kernel[0])
     slack = 0 if fixed_norm else 0.1 / d_model
     assert (np.abs(found - np.diagonal(mean)) <= Z * np.diagonal(error) + 1e-9 + slack).all()
@@ -153,7 +153,7 @@ def test_the_fluctuation_by_enumerated_kernels(fixed_norm):
         for (v, w), sign in zip(pairs + own, signs, strict=True):
             kernel[v, w] = kernel[w, v] = (v == w) + eps * sign * math.sqrt(1 + (v == w))
         total = total + change(kernel) / len(patterns)
-    equal, any_two = window(ids, 1.0, logits=Logits(8, eps**-2, fixed_norm)).fluctuation
+    equal, any_two = window(ids, 1.0, logits=Logits(8, eps**-2, 1.0 - fixed_norm)).fluctuation
     assert np.abs(same * equal + any_two - (total - change(np.eye(3)))).max() < 1e-12
 
 
@@ -193,7 +193,7 @@ def mixing(tokens, spread, length, own=1.0, common=0.0):
     """Wide layers whose values are `own` N + `common`; heads of any width."""
     same = collision_matrix(tokens, length)
     values = Prefixed(own * same + common)
-    return Mixing(values, Prefixed(same), spread**2 * same, 0, True, np.inf, np.inf, 1)
+    return Mixing(values, Prefixed(same), spread**2 * same, 0, 0.0, np.inf, np.inf, 1)
 
 
 def drawn(tokens, draws, length, seed):

@@ -156,7 +156,7 @@ def mixing(spread, shared, common=0.5, length=LONGEST, d_h=np.inf):
         keys=keys,
         queries=queries,
         maps=0,
-        normalised=True,
+        slack=0.0,
         freedom=np.inf,
         d_h=d_h,
         n_heads=1,
@@ -265,7 +265,7 @@ def test_logits_that_no_quadrature_covers_are_refused():
     """One line, with what would be covered."""
     refused = r"up to 1\d\.\d for Logits\(d_h=1, .*got 64; use"
     with pytest.raises(NotImplementedError, match=refused):
-        covering_table(4, 64.0**2, KeyWidth(1, np.inf, 0, True))
+        covering_table(4, 64.0**2, KeyWidth(1, np.inf, 0))
 
 
 @pytest.mark.parametrize("treatment", [first_order_kernel, any_temperature])
@@ -318,7 +318,7 @@ def test_equal_keys_are_attended_uniformly():
     root = rng.standard_normal((6, 6))
     values = root @ root.T
     same = np.ones((6, 6))
-    attention = Mixing(Prefixed(values), Prefixed(same), 9 * same, 0, True, np.inf, 8, 2)
+    attention = Mixing(Prefixed(values), Prefixed(same), 9 * same, 0, 0.0, np.inf, 8, 2)
     for treatment in (first_order_kernel, any_temperature):
         found, dropped, excess = treatment(attention)
         assert np.abs(found - attention.uniform()).max() <= TABLED * np.abs(values).max()

@@ -9,7 +9,9 @@ The scale u is a product of chi^2_k/k: of q (k = d_h, the width of a head), of w
 of the tokens), and of the query's own token where its norm fluctuates.  The shape is Gaussian
 for Gaussian tokens; tokens of fixed norm lie on a sphere, z_n is sqrt(D) times a coordinate on
 the unit sphere of R^D, and LayerNorm leaves D = d - 1.  Both are exact at any width, for
-independent tokens and Gaussian maps.  Derived here.
+independent tokens and Gaussian maps.  Norms that keep a part of their fluctuation (`slack`) have
+that part of what Gaussian tokens add to the fourth moments: right to first order in 1/D.  Derived
+here.
 """
 
 from __future__ import annotations
@@ -34,23 +36,32 @@ MOST_NODES = 2048
 
 @dataclass(frozen=True)
 class Logits:
-    """Of heads of width `d_h` over keys of dimension `freedom`, on a sphere if `fixed_norm`.
+    """Of heads of width `d_h` over keys of dimension `freedom`.
 
-    Infinite widths leave i.i.d. Gaussian logits.  Raises `ValueError` for widths below 1.
+    `slack` is the relative variance of a key's squared norm over that of a Gaussian's, 2/D: 0 on a
+    sphere.  Infinite widths leave i.i.d. Gaussian logits.  Raises `ValueError` for widths below 1
+    and a slack beyond [0, 1].
     """
 
     d_h: float = np.inf
     freedom: float = np.inf
-    fixed_norm: bool = True
+    slack: float = 0.0
 
     def __post_init__(self) -> None:
         for name, width in (("d_h", self.d_h), ("freedom", self.freedom)):
             expect(width >= 1, f"{name} to be at least 1", width, f"change {name}")
+        expect(0 <= self.slack <= 1, "slack from 0 to 1", self.slack, "change slack")
 
     def scales(self) -> tuple[np.ndarray, np.ndarray]:
         """Values of u and their probabilities."""
-        own = () if self.fixed_norm else (self.freedom,)
-        return product_of_chi_squares(self.d_h, self.freedom, *own)
+        own = self.freedom / self.slack if self.slack else np.inf
+        return product_of_chi_squares(self.d_h, self.freedom, own)
+
+    @property
+    def sphere(self) -> float:
+        """The dimension of the sphere whose coordinates z are: their excess kurtosis is -6/(D + 2),
+        and 1 - slack of it is left."""
+        return (self.freedom + 2) / (1 - self.slack) - 2 if self.slack < 1 else np.inf
 
     def shape(self, s: float, reach: float) -> tuple[np.ndarray, np.ndarray]:
         """Values of z, symmetric, and their probabilities, for functions of exp(s z).
@@ -60,20 +71,21 @@ class Logits:
         half-width pi/(2 s), which takes 12 s sqrt(D) nodes.  At D = 1 z is 1 or -1.
         """
         step = min(0.5, STEP / s)
-        if np.isinf(self.freedom) or not self.fixed_norm:
+        dimension = self.sphere
+        if np.isinf(dimension):
             z = lattice(-reach, reach, step)
             return z, _normalised(np.exp(-(z**2) / 2))
-        if self.freedom == 1:
+        if dimension == 1:
             return np.array([-1.0, 1.0]), np.array([0.5, 0.5])
-        nodes = 16 + 12 * s * np.sqrt(self.freedom)
-        if self.freedom <= NARROW**2 and nodes <= MOST_NODES:
-            return _gauss_rule(self.freedom, 2 ** int(np.ceil(np.log2(nodes))))
-        return _sphere(self.freedom, step, reach)
+        nodes = 16 + 12 * s * np.sqrt(dimension)
+        if dimension <= NARROW**2 and nodes <= MOST_NODES:
+            return _gauss_rule(dimension, 2 ** int(np.ceil(np.log2(nodes))))
+        return _sphere(dimension, step, reach)
 
     @property
     def gaussian(self) -> bool:
         """Whether z is Gaussian."""
-        return not self.fixed_norm or bool(np.isinf(self.freedom))
+        return bool(np.isinf(self.sphere))
 
 
 @lru_cache(maxsize=64)

@@ -83,7 +83,7 @@ class GaussianKeysParticipation(FiniteWidth):
 
     letter = "P"
     function = Participation
-    fixed_norm = False
+    slack = 1.0
 
 
 class GaussianKeysTilt(FiniteWidth):
@@ -91,7 +91,7 @@ class GaussianKeysTilt(FiniteWidth):
 
     letter = "B"
     function = Tilt
-    fixed_norm = False
+    slack = 1.0
 
 
 def mean_over_heads(single: Any, relative_variance: Any, heads: Any) -> Any:
@@ -119,7 +119,16 @@ class InverseRootFiniteHead(FiniteWidth):
     function = InverseRootParticipation
 
 
-PARTICIPATIONS = (ParticipationFiniteHead, SecondMomentFiniteHead, InverseRootFiniteHead)
+class GaussianKeysSecondMoment(SecondMomentFiniteHead):
+    """The same over keys whose norm fluctuates."""
+
+    slack = 1.0
+
+
+class GaussianKeysInverseRoot(InverseRootFiniteHead):
+    """The same over keys whose norm fluctuates."""
+
+    slack = 1.0
 
 
 class RootBias(Numeric):
@@ -127,12 +136,20 @@ class RootBias(Numeric):
 
     by = "one-dimensional quadratures; interpolated in 1/H"
     nargs = 4
+    moments = ParticipationFiniteHead, SecondMomentFiniteHead, InverseRootFiniteHead
 
     @classmethod
     def numbers(cls, *arrays: np.ndarray) -> np.ndarray:
         *of_one_head, heads = arrays
-        mean, square, root = (kind.numbers(*of_one_head) for kind in PARTICIPATIONS)
+        mean, square, root = (kind.numbers(*of_one_head) for kind in cls.moments)
         return np.asarray(mean_over_heads(root * np.sqrt(mean) - 1, square / mean**2 - 1, heads))
+
+
+class GaussianKeysRootBias(RootBias):
+    """The same over keys of D dimensions whose norm fluctuates, D before H."""
+
+    nargs = 5
+    moments = GaussianKeysParticipation, GaussianKeysSecondMoment, GaussianKeysInverseRoot
 
 
 def root_bias(table: Tabulated, positions: Any, variances: Any) -> np.ndarray:
@@ -146,10 +163,15 @@ def tilt_growth(table: Tabulated, positions: Any, variances: Any) -> np.ndarray:
     return np.asarray(np.exp(table.logarithm(SharedTiltSlope, positions, variances)))
 
 
-def participation(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
-    """E sum_n a_mn^2 of a real layer: heads of width d_h, keys of `freedom` dimensions."""
-    kind = ParticipationFiniteHead if fixed_norm else GaussianKeysParticipation
-    return kind(m, spread, d_h, freedom)
+def participation(spread: sp.Expr, freedom: sp.Expr, slack: sp.Expr) -> sp.Expr:
+    """E sum_n a_mn^2 of a real layer: heads of width d_h, keys of `freedom` dimensions.
+
+    `slack` is that of the keys' norms (`Logits`), and what it changes linear in it: exact at 0 and
+    at 1, and to first order in 1/D.
+    """
+    on_sphere = ParticipationFiniteHead(m, spread, d_h, freedom)
+    free = GaussianKeysParticipation(m, spread, d_h, freedom)
+    return (1 - slack) * on_sphere + slack * free
 
 
 def shared_norm(position: sp.Expr) -> sp.Expr:
@@ -157,20 +179,20 @@ def shared_norm(position: sp.Expr) -> sp.Expr:
     return (position - 1) * (position - 2) / position**2
 
 
-def second_moment(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
+def second_moment(spread: sp.Expr, freedom: sp.Expr, slack: sp.Expr) -> sp.Expr:
     """E|o_m|^2 over that of one value: A + B_off/D, or ((d - 1) A + B)/d where norms fluctuate.
 
     The part of every value along the direction of the query is its logit, the rest is independent
     of the weights.  Exact over tokens of fixed norm; where norms fluctuate but for the query's
     own key, whose norm is that of the query too.
     """
-    A = participation(spread, freedom, fixed_norm)
-    if fixed_norm:
-        return A + SharedTiltFiniteHead(m, spread, d_h, freedom) / freedom
-    return ((d - 1) * A + GaussianKeysTilt(m, spread, d_h, freedom)) / d
+    tilted = SharedTiltFiniteHead(m, spread, d_h, freedom) / freedom
+    free = participation(spread, freedom, sp.S.One)
+    loose = (GaussianKeysTilt(m, spread, d_h, freedom) - free) / d
+    return participation(spread, freedom, slack) + (1 - slack) * tilted + slack * loose
 
 
-def overlap(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
+def overlap(spread: sp.Expr, freedom: sp.Expr, slack: sp.Expr) -> sp.Expr:
     """E<o_m, o_n> over that of one value, m != n: 1/max(m, n) to leading order.
 
     With T = S - 1, to first order in the widths:  fixed norms take (T_m + T_n)/D, since of other
@@ -183,38 +205,43 @@ def overlap(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
     T: sp.Expr = WeightedSquareFiniteHead(m, spread, d_h, freedom) - 1
     longer = sp.Max(m, n)
     other = T.subs(m, n)
-    taken = (T + other) / freedom if fixed_norm else 0
-    agreement = 1 / d_h + (0 if fixed_norm else 1 / freedom)
+    taken = (1 - slack) * (T + other) / freedom
+    agreement = 1 / d_h + slack / freedom
     given = T * other * agreement / 2 * longer / sp.Max(longer - 1, 1)
     return (1 + given) / longer / (1 + taken)
 
 
-def overlap_remainder(spread: sp.Expr, freedom: sp.Expr, fixed_norm: bool) -> sp.Expr:
+def overlap_remainder(spread: sp.Expr, freedom: sp.Expr, slack: sp.Expr) -> sp.Expr:
     """What `overlap` drops: G_m G_n/D of pairs and twice the square of 1/D, G = ln m A.
 
-    G is s^2 for small logits and at most ln m.
+    G is s^2 for small logits and at most ln m.  Norms that fluctuate vary what is weighed with the
+    weights, which an expected cosine sees to the order of (G_m + G_n)/D.
     """
-    G = sp.log(m * participation(spread, freedom, fixed_norm))
+    G = sp.log(m * participation(spread, freedom, slack))
     other = G.subs(m, n)
-    return (G * other + 2 * (G + other) ** 2 / freedom) / freedom / sp.Max(m, n)
+    both = G + other
+    return (G * other + slack * both + 2 * both**2 / freedom) / freedom / sp.Max(m, n)
 
 
-def excess(spread: sp.Expr) -> sp.Expr:
+def excess(spread: sp.Expr, freedom: sp.Expr, slack: sp.Expr) -> sp.Expr:
     """E cos over the cosine of the kernel, less 1, of two outputs with independent queries.
 
     The tilt fluctuates with the participation (a query with one large weight has both), so
-    |o|^2 as a whole has the participation's relative fluctuation.
+    |o|^2 as a whole has the participation's relative fluctuation.  Norms that fluctuate vary the
+    weights; that they vary what is weighed with them is dropped.
     """
-    of_one = RootBias(m, spread, d_h, H)
+    on_sphere = RootBias(m, spread, d_h, H)
+    free = GaussianKeysRootBias(m, spread, d_h, freedom, H)
+    of_one = (1 - slack) * on_sphere + slack * free
     return of_one + of_one.subs(m, n)
 
 
 def adjacent_cosine() -> sp.Expr:
     """E cos(o_m, o_m+1) over LN'd tokens: the kernel's, its excess, and 3 maps of width d."""
     freedom = d - 1
-    diagonal = second_moment(s, freedom, True)
-    rho = overlap(s, freedom, True) / sp.sqrt(diagonal * diagonal.subs(m, n))
-    cosine = rho * (1 + excess(s)) - 3 * rho * (1 - rho**2) / (2 * d)
+    diagonal = second_moment(s, freedom, sp.S.Zero)
+    rho = overlap(s, freedom, sp.S.Zero) / sp.sqrt(diagonal * diagonal.subs(m, n))
+    cosine = rho * (1 + excess(s, d - 1, sp.S.Zero)) - 3 * rho * (1 - rho**2) / (2 * d)
     return cosine.subs(sp.Max(m, n), n).subs(n, m + 1)
 
 
@@ -222,16 +249,16 @@ def formulas() -> Iterator[Formula]:
     """Kernel and cosine of the outputs of a softmax layer."""
     yield Formula(
         "attention.output_kernel",
-        g * overlap(s, d - 1, True),
+        g * overlap(s, d - 1, sp.S.Zero),
         "The covariance of two outputs over LN'd tokens, m != n: little of it is lost to softmax.",
         Status.LEADING_ORDER,
         "derived here",
         r"\mathbb{E}\langle o_m, o_n\rangle/d",
-        remainder=g * overlap_remainder(s, d - 1, True),
+        remainder=g * overlap_remainder(s, d - 1, sp.S.Zero),
     )
     yield Formula(
         "attention.output_second_moment_finite_head",
-        g * second_moment(s, d - 1, True),
+        g * second_moment(s, d - 1, sp.S.Zero),
         "The second moment of an output over LN'd tokens, at any width, by Gaussian maps.",
         Status.EXACT,
         "derived here",
@@ -246,8 +273,8 @@ def formulas() -> Iterator[Formula]:
         r"\mathbb{E}\left(P/\mathbb{E}P\right)^{-1/2} - 1",
         remainder=RootBias(m, s, d_h, H) ** 2 * 4 / 3,
     )
-    cosine, diagonal = adjacent_cosine(), second_moment(s, d - 1, True)
-    between = overlap_remainder(s, d - 1, True) / sp.sqrt(diagonal * diagonal.subs(m, n))
+    cosine, diagonal = adjacent_cosine(), second_moment(s, d - 1, sp.S.Zero)
+    between = overlap_remainder(s, d - 1, sp.S.Zero) / sp.sqrt(diagonal * diagonal.subs(m, n))
     yield Formula(
         "attention.adjacent_cosine",
         cosine,
@@ -255,7 +282,7 @@ def formulas() -> Iterator[Formula]:
         Status.LEADING_ORDER,
         "derived here",
         r"\mathbb{E}\cos(o_m, o_{m+1})",
-        remainder=(between + 4 / d**2 + 4 * excess(s) ** 2 / 3)
+        remainder=(between + 4 / d**2 + 4 * excess(s, d - 1, sp.S.Zero) ** 2 / 3)
         .subs(sp.Max(m, n), n)
         .subs(n, m + 1),
     )

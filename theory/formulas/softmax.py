@@ -360,13 +360,13 @@ WIDTHS = ("d_h", "freedom")
 class FiniteWidth(Lettered):
     """E_u f(m, s sqrt(u)) of a mean f, as a function of m, s and d_h (and D).
 
-    `function` is f, `fixed_norm` whether keys lie on a sphere of R^D; without D it is infinite.
+    `function` is f, `slack` that of the keys' norms; without D it is infinite.
     """
 
     by = "two one-dimensional quadratures"
     nargs = (3, 4)
     function: ClassVar[type[SoftmaxMean]]
-    fixed_norm: ClassVar[bool] = True
+    slack: ClassVar[float] = 0.0
 
     @classmethod
     def numbers(cls, *arrays: np.ndarray) -> np.ndarray:
@@ -375,7 +375,7 @@ class FiniteWidth(Lettered):
         stacked = np.stack(widths)
         for pair in np.unique(stacked.reshape(len(widths), -1), axis=1).T:
             rows = (stacked == pair.reshape(-1, *[1] * positions.ndim)).all(axis=0)
-            logits = Logits(fixed_norm=cls.fixed_norm, **dict(zip(WIDTHS, pair, strict=False)))
+            logits = Logits(slack=cls.slack, **dict(zip(WIDTHS, pair, strict=False)))
             values[rows] = mixed(cls.function, logits, positions[rows], spread[rows])
         return values
 

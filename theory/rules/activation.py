@@ -27,7 +27,7 @@ def _(operation: Activate, traits: Mapping[str, Traits], fidelity: Fidelity) -> 
     2 maps/d, which an exact norm in front takes away.  Both enter as second differences.
     """
     before = traits[operation.inputs[0]]
-    expression, remainder = _dual_and_remainder(dual(operation.function), before.fixed_norm)
+    expression, remainder = _dual_and_remainder(dual(operation.function), before.slack == 0)
     return Rule(
         name=f"{operation.function}, dual activation",
         statement="A wide layer of units averages the product of two activated Gaussians.",

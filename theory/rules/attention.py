@@ -37,7 +37,7 @@ def _(operation: Scores, traits: Mapping[str, Traits], fidelity: Fidelity) -> Ru
     """
     require_causal(operation)
     query, key = (traits[name] for name in operation.inputs)
-    exact = query.fixed_norm and key.fixed_norm
+    exact = query.slack == key.slack == 0
     return Rule(
         name="scaled logits",
         statement="Queries and keys are uncorrelated: the variance of a logit is a product.",

@@ -9,7 +9,7 @@ from nope.operations import Linear, Weight
 from theory import symbols
 from theory.fluctuations import Fluctuation, Gram, Passage, mapped, wishart
 from theory.formulas.kurtosis import Map, of_role
-from theory.kernel import Fidelity, K, Rule, Traits
+from theory.kernel import ONE, Fidelity, K, Rule, Traits
 from theory.rules import rule_for
 from theory.symbols import m, n
 
@@ -77,7 +77,7 @@ def _(operation: Linear, traits: Mapping[str, Traits], fidelity: Fidelity) -> Ru
         source="chi2023 Lemma 1",
         traits=Traits(
             maps=before.maps + 1,
-            fixed_norm=before.normalised,
+            slack=_slack(before, expression),
             independent=before.independent and operation.bias is None,
             repeated=before.repeated,
             centred=before.centred,
@@ -87,6 +87,14 @@ def _(operation: Linear, traits: Mapping[str, Traits], fidelity: Fidelity) -> Ru
         ),
         fluctuates=partial(_fluctuates, operation.weight),
     )
+
+
+def _slack(before: Traits, after: sp.Expr) -> sp.Expr:
+    """That of the input in the result's kernel; of a matrix more nothing is known."""
+    if before.mapped is not None or not before.slack.has(K):
+        return before.slack if before.mapped is None else ONE
+    gain, added = after.coeff(K(m, n)), after.subs(K(m, n), 0)
+    return before.slack.subs(K(m, m), (K(m, m) - added) / gain)
 
 
 def _fluctuates(weight: Weight, passage: Passage) -> tuple[Fluctuation, None]:

@@ -120,15 +120,14 @@ class Mixing:
     """One softmax attention: its kernels, and what each query has alone.
 
     `values` K, `keys` J and `queries` Q are kernels; the input's empirical kernel fluctuates as
-    that of `maps` random maps, by maps/freedom; `normalised` says that its norms do
-    not.
+    that of `maps` random maps, by maps/freedom, and its norms by a `slack` of that.
     """
 
     values: Prefixed
     keys: Prefixed
     queries: np.ndarray
     maps: float
-    normalised: bool
+    slack: float
     freedom: float
     d_h: float
     n_heads: float
@@ -174,7 +173,7 @@ class Mixing:
 
     @property
     def width(self) -> KeyWidth:
-        return KeyWidth(self.d_h, self.freedom, self.maps, self.normalised)
+        return KeyWidth(self.d_h, self.freedom, self.maps, self.slack)
 
     def _table(self, width: KeyWidth) -> Tabulated:
         return covering_table(len(self.count), float(self.pair_variances[1].max()), width)
@@ -185,8 +184,13 @@ class Mixing:
 
     @cached_property
     def wide_table(self) -> Tabulated:
-        """Of keys that do not fluctuate, for what is small already."""
-        return self._table(replace(self.width, maps=0.0))
+        """Of keys whose correlations do not fluctuate, for what is small already."""
+        return self._table(replace(self.width, maps=0.0, slack=0.0))
+
+    @cached_property
+    def loose_table(self) -> Tabulated:
+        """The same where norms do not fluctuate either."""
+        return self.table if self.slack else self.wide_table
 
     @cached_property
     def participation(self) -> np.ndarray:
@@ -318,7 +322,7 @@ class Pairs:
         """What the fluctuation of the empirical kernel adds, to first order in s^2 and 1/D.
 
         (s^2/D) (r (1 - 1/m)(1 - 1/n) - [h(m) + h(n) + r h(min)]/max), h(m) = (m - 1)(m - 2)/m^2;
-        h comes from norms that do not fluctuate, and is absent where they do.
+        h comes from norms that do not fluctuate, and is less by their slack.
         """
         count = self.mixing.count
         h = (1 - 1 / count) * (1 - 2 / count)
@@ -340,9 +344,8 @@ class Pairs:
         rest = 1 - 1 / mixing.count
         growth = 1 + np.abs(r) * self.shorter(tilt - 1)
         added = r * self.variance * self.longer(rest) * self.shorter(rest) * growth
-        if mixing.normalised:
-            taken = self.longer(square) + self.shorter(square) + r * self.shorter(square)
-            added = added - taken / self.longer(mixing.count)
+        taken = self.longer(square) + self.shorter(square) + r * self.shorter(square)
+        added = added - (1 - mixing.slack) * taken / self.longer(mixing.count)
         return np.asarray(mixing.maps / mixing.freedom * self.shorter(mixing.values.spread) * added)
 
     @cached_property
@@ -360,11 +363,10 @@ class Pairs:
 
     @cached_property
     def narrow_floor(self) -> np.ndarray:
-        """The same of the fluctuation at any temperature: ln(m A)^2 in place of s^4."""
+        """The same at any temperature: ln(m A)^2 in place of s^4, and what norms vary."""
         width, G = self.mixing.maps / self.mixing.freedom, self.mixing.log_growth
-        shared = (
-            self.longer(G) * self.shorter(G) + 2 * width * (self.longer(G) + self.shorter(G)) ** 2
-        )
+        both = self.longer(G) + self.shorter(G)
+        shared = self.longer(G) * self.shorter(G) + 2 * width * both**2 + self.mixing.slack * both
         return np.asarray(4 * width * np.abs(self.floor) + self.overlap * width * shared)
 
     @cached_property
@@ -409,8 +411,8 @@ def excess(mixing: Mixing, kernel: np.ndarray) -> np.ndarray:
     covariances of both P and of sum_n a_mn a_nn leave (1 - r)(1 - r/3) of it.
     """
     delta = outputs.mean_over_heads(
-        outputs.root_bias(mixing.wide_table, mixing.positions, mixing.own_variance),
-        mixing.wide_table.relative_variance(mixing.positions, mixing.own_variance),
+        outputs.root_bias(mixing.loose_table, mixing.positions, mixing.own_variance),
+        mixing.loose_table.relative_variance(mixing.positions, mixing.own_variance),
         mixing.n_heads,
     )
     common = mixing.values.variance - mixing.values.spread
@@ -433,12 +435,12 @@ class KeyWidth:
     d_h: float
     freedom: float
     maps: float
-    fixed_norm: bool
+    slack: float = 0.0
 
     def logits(self, maps: float) -> Logits:
         """Of another number of maps."""
         freedom = max(self.freedom / maps, 1.0) if maps else np.inf
-        return Logits(self.d_h, freedom, self.fixed_norm)
+        return Logits(self.d_h, freedom, self.slack)
 
     @property
     def neighbours(self) -> tuple[float, float]:
@@ -449,10 +451,14 @@ class KeyWidth:
 
 def covering_table(n_ctx: int, variance: float, width: KeyWidth) -> Tabulated:
     """Tables up to a power of two of s, at 0, 1, 2, 4, ... maps, so that the layers of a stack
-    share them; between two of them linear in the number of maps.
+    share them; between two of them linear in the number of maps, and in the slack of norms.
 
     Raises `NotImplementedError` for logits that no quadrature covers: narrow heads vary them.
     """
+    if 0 < width.slack < 1:
+        sphere, free = (replace(width, slack=end) for end in (0.0, 1.0))
+        ends = [covering_table(n_ctx, variance, each) for each in (sphere, free)]
+        return Between(ends[0], ends[1], width.slack)
     spread = 2.0 ** np.ceil(np.log2(np.sqrt(variance)) - 1e-9) if variance > 0 else 1.0
 
     def table(maps: float) -> ParticipationTable:

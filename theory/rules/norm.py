@@ -12,6 +12,7 @@ from theory import symbols
 from theory.fluctuations import Fluctuation, Gram, Passage, Second, curved
 from theory.formulas.norm import shrinkage_remainder
 from theory.kernel import ZERO, Fidelity, K, Rule, Traits, X
+from theory.propagation import LEFT
 from theory.rules import rule_for
 from theory.symbols import d, m, maps, n
 
@@ -27,7 +28,7 @@ def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) ->
     diagonal is exactly 1, and so is every i.i.d. token's kernel.  What is dropped off the
     diagonal is E cos - cos E: (1 - rho^2)/(2d) per random map (`cosine.gaussian_pair`), and the
     excess X(m, n) that a softmax adds unless the fidelity is `any_temperature`.  With eps > 0
-    the fluctuation of |x|^2 adds `shrinkage_remainder`.
+    the fluctuation of |x|^2 adds `shrinkage_remainder`, and 1 - N(m, m) of it is left.
     """
     before = traits[operation.inputs[0]]
     centring = operation.kind == "layernorm"
@@ -59,15 +60,18 @@ def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) ->
             normalised=not operation.eps,
             independent=before.independent,
             repeated=before.repeated,
+            slack=(1 - K(m, m)) ** 2 if operation.eps else ZERO,
             centred=centring,
             kurtosis=kurtosis,
             norm_kurtosis=None if operation.eps else sp.Integer(1),
         ),
-        fluctuates=partial(_normalises, centring),
+        fluctuates=partial(_normalises, centring, before.partly_centred),
     )
 
 
-def _normalises(centring: bool, passage: Passage) -> tuple[Fluctuation, Second]:
+def _normalises(
+    centring: bool, partly_centred: bool, passage: Passage
+) -> tuple[Fluctuation, Second]:
     (kernel,), (before,) = passage.kernels, passage.fluctuations
     nothing = np.zeros_like(before.own)
     whole = replace(before, inherited=before.covariance, own=nothing)
@@ -78,5 +82,13 @@ def _normalises(centring: bool, passage: Passage) -> tuple[Fluctuation, Second]:
     left = 1 - 1 / passage.numbers["d"] if centring else 1.0
     norms = (before.covariance[0, 0] + before.covariance[1, 1]) / 2 / left
     series = 1 / (1 - np.minimum(norms, MOST))
-    size = second.size
-    return passed, replace(second, size=Gram(size.mm * series, size.nn * series, size.mn * series))
+    size, after = second.size, passage.after.absolute
+    # And no 1/d is left to take of what is centred already: 1 - K of it shows.
+    unsure = (1 - left) * partly_centred / LEFT
+
+    def total(beyond: np.ndarray, kept: np.ndarray, mean: np.ndarray) -> np.ndarray:
+        return np.asarray(beyond * series + unsure * np.maximum(1 - mean, 0.0) * kept)
+
+    means = after.mm, after.nn, after.size
+    parts = zip((size.mm, size.nn, size.mn), (after.mm, after.nn, after.mn), means, strict=True)
+    return passed, replace(second, size=Gram(*(total(*part) for part in parts)))

@@ -104,7 +104,7 @@ class CopyTransforms:
 
     def __init__(self, s: float, n_ctx: int, copies: int, logits: Logits) -> None:
         single = Transforms(s, n_ctx, logits=logits)
-        norm = 1.0 if logits.fixed_norm else 1 + (single.z**2 - 1) / logits.freedom
+        norm = 1 + logits.slack * (single.z**2 - 1) / logits.freedom
         self.step, self.freedom = single.step, logits.freedom
         shape = copies + 1, len(single.x)
         self.log_phi, self.first, self.second, self.single, self.lean = np.zeros((5, *shape))
@@ -215,17 +215,17 @@ class Window:
 
         F the fluctuation of the tokens' kernel, C and D of F as they are of N, p and q the shares
         c_v/m and c_v/n: E sum_vw p_v q_w F_vw C_mn(v, w), and E sum_vw p_v q_w F_vw
-        (D_m(v) + D_n(w))/2.  E F_vw^2 is 1, E F_vv^2 is 2, or 0 where norms are fixed.
+        (D_m(v) + D_n(w))/2.  E F_vw^2 is 1, E F_vv^2 is 2 times the slack of norms.
         """
         p = self.counts / self.moments.count
         U, T, V, W = p @ p.T, p**2 @ p.T, p**3 @ p.T, p**2 @ (p**2).T
         S = np.diagonal(U)[:, None]
         equal = 1 - S - S.T + S * S.T + U**2 - U + T + T.T - 2 * W
         one_sided = 2 * (S * U - V) - (U - T)
-        if not self.attention.logits.fixed_norm:
-            equal += 2 * (U - T - T.T + W)
-            one_sided += U - 3 * T + 2 * V
-        size = self.attention.variance / self.attention.logits.freedom
+        logits = self.attention.logits
+        equal += logits.slack * 2 * (U - T - T.T + W)
+        one_sided += logits.slack * (U - 3 * T + 2 * V)
+        size = self.attention.variance / logits.freedom
         return size * equal, size * (one_sided + one_sided.T)
 
     @cached_property

@@ -24,7 +24,7 @@ def _(operation: Add, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
         assumption="the branch's last map has zero mean and is independent of the stream",
         source="chi2023, residual variance",
         carried="shared",
-        traits=Traits(maps=max(stream.maps, branch.maps)),
+        traits=Traits(maps=max(stream.maps, branch.maps), partly_centred=stream.centred),
         fluctuates=partial(_adds, operation.scale**2),
     )
 
@@ -45,7 +45,7 @@ def _(operation: Multiply, traits: Mapping[str, Traits], fidelity: Fidelity) -> 
     """
     gate, linear = (traits[name] for name in operation.inputs)
     rho = J(m, n) / sp.sqrt(J(m, m) * J(n, n))
-    shared = (1 - rho**2) ** 2 if linear.fixed_norm else 2
+    shared = (1 - rho**2) ** 2 if linear.slack == 0 else 2
     return Rule(
         name="gated product",
         statement="Gate and linear unit have independent weights: their kernels multiply.",

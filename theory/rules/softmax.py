@@ -38,7 +38,7 @@ from nope.operations import Mix, Operation
 from theory.formula import compile_number_form
 from theory.formulas import outputs
 from theory.formulas.wick import first_order
-from theory.kernel import ZERO, J, K, Moved, Q, Rule, Traits
+from theory.kernel import J, K, Moved, Q, Rule, Traits
 from theory.propagation import blocks, prefix_sum
 from theory.rules import mixing, repetition
 from theory.rules.mixing import Mixing, Prefixed
@@ -81,7 +81,7 @@ def _mixing(traits: Traits, kernels: Sequence[np.ndarray], symbols: Mapping[str,
         Prefixed(keys),
         queries,
         symbols["p"] - 1,
-        traits.fixed_norm,
+        symbols[SLACK.name],
         max(freedom, 1.0),
         symbols["d_h"],
         symbols.get("H", 1.0),
@@ -141,11 +141,11 @@ def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
     before = traits[values]
     s2, near = Q(m, m) * J(m, m), sp.KroneckerDelta(m, n)
     freedom = _freedom(before)
-    given = sp.sqrt(s2), freedom, before.fixed_norm
+    given = sp.sqrt(s2), freedom, before.slack
     mean = near * outputs.second_moment(*given) + (1 - near) * outputs.overlap(*given)
     A = outputs.participation(*given)
     size, grown = sp.sqrt(A * A.subs(m, n)), sp.log(m * A)
-    own_key = ZERO if before.fixed_norm else 2 * grown / freedom / m
+    own_key = before.slack * 2 * grown / freedom / m
     shapes = sum(_shape(traits[name]) for name in (queries, keys)) / freedom * grown**2
     return Rule(
         name="softmax over independent keys, any temperature",
@@ -156,7 +156,7 @@ def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
         source="derived here",
         remainder=(1 - near) * outputs.overlap_remainder(*given) / size + own_key + shapes,
         traits=Traits(maps=before.maps),
-        excess=(1 - near) * outputs.excess(given[0]),
+        excess=(1 - near) * outputs.excess(*given),
     )
 
 
@@ -178,10 +178,15 @@ def _pattern(
         expression=value / m**2,
         assumption="exchangeable keys; logits Gaussian given the query",
         source="derived here",
-        remainder=lost(K(m, m) * J(m, m), value),
+        remainder=lost(K(m, m) * J(m, m), value, _slack(traits[keys])),
         traits=Traits(logits=logits, query_key=traits[logits].query_key),
         algorithm=None if independent else partial(_participate, grown, lost),
     )
+
+
+def _slack(keys: Traits) -> sp.Expr:
+    """That of the keys, the second source of a pattern."""
+    return keys.slack.replace(K, J)
 
 
 def _spread_over_prefix() -> sp.Expr:
@@ -210,7 +215,9 @@ def _participate(
     variance = np.diagonal(queries) * np.maximum(Prefixed(keys).spread, 0.0)
     count = np.arange(1.0, n_ctx + 1)
     value = grown.numbers(count, variance, symbols)
-    beyond = _numbers(lost(VARIANCE, VALUE), {**symbols, "m": count, "s2": variance, "f": value})
+    beyond = _numbers(
+        lost(VARIANCE, VALUE, SLACK), {**symbols, "m": count, "s2": variance, "f": value}
+    )
     relative = beyond + np.diagonal(dropped) / np.diagonal(queries)
     return _same_for_all_keys(value / count**2, relative)
 
@@ -229,16 +236,16 @@ def _participate_copies(
     value, error = found.participation
     count = np.arange(1.0, n_ctx + 1)
     known = {"m": count, "s2": np.full(n_ctx, found.attention.variance), "f": count * value}
-    relative = error / value + _numbers(lost(VARIANCE, VALUE), {**symbols, **known})
+    relative = error / value + _numbers(lost(VARIANCE, VALUE, SLACK), {**symbols, **known})
     relative += np.diagonal(dropped) / np.diagonal(queries)
     return _same_for_all_keys(value / count, relative)
 
 
-VARIANCE, VALUE = sp.symbols("s2 f", nonnegative=True)
-"""A logit's variance and m E sum a^2, where both are numbers."""
+VARIANCE, VALUE, SLACK = sp.symbols("s2 f slack", nonnegative=True)
+"""A logit's variance, m E sum a^2 and the keys' slack, where all are numbers."""
 
-Lost = Callable[[sp.Expr, sp.Expr], sp.Expr]
-"""What is dropped of m E sum a^2, relatively, from a logit's variance and that value."""
+Lost = Callable[[sp.Expr, sp.Expr, sp.Expr], sp.Expr]
+"""What is dropped of m E sum a^2, relatively, from a logit's variance, that value and a slack."""
 
 
 def _numbers(expression: sp.Expr, known: Mapping[str, Any]) -> np.ndarray:
@@ -269,7 +276,7 @@ class TabulatedGrowth(Growth):
     ) -> np.ndarray:
         freedom = max(symbols["d"] - self.before.centred, 1.0)
         maps = symbols["p"] - 1
-        width = mixing.KeyWidth(symbols["d_h"], freedom, maps, self.before.fixed_norm)
+        width = mixing.KeyWidth(symbols["d_h"], freedom, maps, symbols[SLACK.name])
         table = mixing.covering_table(len(count), float(variance.max()), width)
         return 1 + table(count.astype(int), variance)
 
@@ -290,7 +297,7 @@ def first_order_pattern(operation: Operation, traits: Mapping[str, Traits]) -> R
     """(1 + s^2 (1 - 1/m))/m^2."""
     grown = Growth(lambda s2: 1 + s2 * (1 - 1 / m))
 
-    def lost(s2: sp.Expr, value: sp.Expr) -> sp.Expr:
+    def lost(s2: sp.Expr, value: sp.Expr, slack: sp.Expr) -> sp.Expr:
         return (sp.exp(s2) - 1 - s2) * (1 - 1 / m) / value
 
     return _pattern(operation, traits, "to first order in s^2", grown, lost)
@@ -302,10 +309,10 @@ def pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
     freedom = _freedom(before) / sp.Integer(before.maps - 1)
 
     def participation(s2: sp.Expr) -> sp.Expr:
-        return m * outputs.participation(sp.sqrt(s2), freedom, before.fixed_norm)
+        return m * outputs.participation(sp.sqrt(s2), freedom, _slack(before))
 
-    def lost(s2: sp.Expr, value: sp.Expr) -> sp.Expr:
-        own_key = 0 if before.fixed_norm else 2 * sp.log(value) / m
+    def lost(s2: sp.Expr, value: sp.Expr, slack: sp.Expr) -> sp.Expr:
+        own_key = slack * 2 * sp.log(value) / m
         unlike = shapes if before.independent else shapes + 4 / freedom
         return (own_key + unlike * sp.log(value) ** 2) / freedom
 
