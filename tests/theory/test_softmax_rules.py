@@ -368,3 +368,22 @@ def test_heads_change_the_logits_only_through_their_width(fidelity):
         assert 1.7 < gaps[0] / gaps[1] < 2.3
     else:
         assert max(gaps) <= 1e-14
+
+
+@pytest.mark.parametrize("eps", [0.5, 1.0, 4.0])
+def test_a_norm_with_eps_leaves_a_part_of_its_fluctuation(eps):
+    """By plain softmaxes: keys on a sphere, or free, would be 3 to 10 standard errors off."""
+    width, length, batch = 16, 12, 40_000
+    std = 0.3 * np.sqrt(1 + eps)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((batch, length, width))
+    e = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+    query, key = (rng.standard_normal((batch, width, width)) * std for _ in range(2))
+    logits = ((e[:, -1:] @ query) @ (e @ key).transpose(0, 2, 1))[:, 0] / np.sqrt(width)
+    outputs = np.einsum("bi,bij->bj", softmax(logits), e)
+    found = width * std**2 * (outputs**2).mean(-1)
+    tokens = nope.GaussianTokens(std=1.0)
+    layer = nope.decoder(width, 1, n_ctx=length, norm="rmsnorm", eps=eps, d_ff=0, tokens=tokens)
+    asked = nope.Question(layer, nope.init.normal(std), "blocks.0.attn.z", "second_moment")
+    error = found.std() / np.sqrt(batch)
+    assert abs(theory.predict(asked).values[-1] - found.mean()) < 4 * error

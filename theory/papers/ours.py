@@ -208,6 +208,10 @@ STACKS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gelu": ("Four pre-LN blocks with GELU", {"n_layers": 4}),
     "post": ("Two post-LN blocks with ReLU", {"norm_position": "post", "activation": "relu"}),
     "rmsnorm": ("Two pre-RMSNorm blocks with SiLU", {"norm": "rmsnorm", "activation": "silu"}),
+    "eps": (
+        "Two pre-LN blocks with ReLU, whose eps takes a fifth of the tokens",
+        {"activation": "relu", "eps": 1e-4},
+    ),
     "swiglu": ("Two pre-LN blocks with a SwiGLU", {"activation": "swiglu"}),
     "scaled": (
         "Two pre-LN blocks with tanh, each branch halved",
@@ -233,7 +237,7 @@ def _stacks(small: Small) -> Iterator[Claim]:
             what = observable.replace("_", " ")
             yield _calculus(
                 f"stack.{name}.{observable}",
-                f"{words}, at s = 1: the {what} follows the kernel recursion.",
+                f"{words}, weights of variance 1/d: the {what} follows the kernel recursion.",
                 Question(architecture, sizes.hot, place, observable),
                 band=BAND if observable == "mean_second_moment" else None,
             )
