@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -29,7 +29,8 @@ from theory import symbols
 from theory.bindings import local_bindings
 from theory.cache import recall
 from theory.formula import compile_number_form
-from theory.kernel import Fidelity, Rule, Traits, put
+from theory.kernel import Fidelity, J, K, Q, Rule, Traits
+from theory.propagation import VIEWS, compiled
 from theory.rules import rule_for
 from theory.symbols import i, j, m, n
 
@@ -39,6 +40,8 @@ READABLE = 40
 CHECK_POSITIONS = ((4, 4), (2, 5), (6, 3))
 CHECK_DIGITS = 50
 ZERO_IN_FLOATS = 1e-12
+
+Point = Mapping[sp.Symbol, Any]
 
 
 @dataclass(frozen=True)
@@ -256,28 +259,52 @@ def _points(seed: str, *exprs: sp.Expr) -> list[dict[sp.Symbol, Any]]:
 
 @lru_cache(maxsize=4096)
 def _vanishes_on(remainder: sp.Expr, kernels: tuple[sp.Expr, ...]) -> bool:
-    """Whether a rule's remainder is 0 at random points on these kernels."""
-    dropped = put(remainder, kernels)
-    if dropped.has(sp.Sum):
-        return False  # kernels that kept a sum are no kernels for which a remainder vanishes
-    return all(_vanishes(dropped, point) for point in _points("remainder", dropped))
+    """Whether a rule's remainder is 0 at random points on these kernels.
 
-
-def _vanishes(expr: sp.Expr, point: Mapping[sp.Symbol, Any]) -> bool:
-    """Whether a remainder is 0 at a point; in floats, since duals are slow in exact numbers."""
-    calls = sorted(expr.atoms(sp.core.function.AppliedUndef), key=str)
-    names = sp.symbols(f"call:{len(calls)}")
-    flat = expr.subs(dict(zip(calls, names, strict=True)))
-    known = {
-        **point,
-        **{name: _named(call, point) for call, name in zip(calls, names, strict=True)},
+    In floats, since duals are slow in exact numbers, and from the kernels' numbers: to put one
+    expression into the other takes longer.
+    """
+    read = {
+        function.__name__: kernel
+        for function, kernel in zip((K, J, Q), kernels, strict=False)
+        if remainder.has(function)
     }
+    if any(kernel.has(sp.Sum) for kernel in (remainder, *read.values())):
+        return False  # kernels that kept a sum are no kernels for which a remainder vanishes
+    function, arguments = compiled(remainder)
+
+    def value(argument: sp.Symbol, point: Point) -> float:
+        head, _, view = argument.name.partition("_")
+        if view not in VIEWS:
+            return float(point[argument])
+        left, right = (point[{"m": m, "n": n}[side]] for side in view)
+        return _kernel_number(read[head], {**point, m: left, n: right})
+
+    return all(
+        abs(function(*(value(argument, point) for argument in arguments))) <= ZERO_IN_FLOATS
+        for point in _points("remainder", remainder, *read.values())
+    )
+
+
+def _kernel_number(kernel: sp.Expr, point: Point) -> float:
+    function, arguments, calls = _number_form(kernel)
+    known = {**point, **{name: _named(call, point) for call, name in calls.items()}}
+    return float(function(*(float(known[argument]) for argument in arguments)))
+
+
+@lru_cache(maxsize=1024)
+def _number_form(
+    kernel: sp.Expr,
+) -> tuple[Callable[..., Any], tuple[sp.Symbol, ...], Mapping[sp.Expr, sp.Symbol]]:
+    """The kernel's number form, in which calls of named kernels are arguments."""
+    calls = sorted(kernel.atoms(sp.core.function.AppliedUndef), key=str)
+    names = dict(zip(calls, sp.symbols(f"call:{len(calls)}"), strict=True))
+    flat = kernel.subs(names)
     arguments = tuple(sorted(flat.free_symbols, key=str))
-    value = compile_number_form(flat, arguments)(*(float(known[name]) for name in arguments))
-    return bool(abs(value) <= ZERO_IN_FLOATS)
+    return compile_number_form(flat, arguments), arguments, names
 
 
-def _named(call: sp.Expr, point: Mapping[sp.Symbol, Any]) -> sp.Rational:
+def _named(call: sp.Expr, point: Point) -> sp.Rational:
     """A named kernel is a fixed random function, larger on its diagonal."""
     at = [argument.subs(point) for argument in call.args]
     text = f"{call.func.__name__}{sorted(map(int, at))}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from functools import cache, cached_property, partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import sympy as sp
@@ -31,6 +31,7 @@ from theory.kernel import PREFIX_SUM, J, K, Moved, Q, Rule, X
 from theory.symbols import m, n
 
 View = Literal["mn", "mm", "nn"]
+VIEWS = get_args(View)
 Positions = tuple[np.ndarray, np.ndarray]
 
 _ARGUMENTS = {
@@ -57,7 +58,7 @@ GRID = 32
 
 
 @cache
-def _compiled(expr: sp.Expr) -> tuple[Callable[..., Any], tuple[sp.Symbol, ...]]:
+def compiled(expr: sp.Expr) -> tuple[Callable[..., Any], tuple[sp.Symbol, ...]]:
     """The number form of a rule: kernels become arguments, the prefix sum becomes another."""
     flat = expr.xreplace({PREFIX_SUM: _SUM, **_ARGUMENTS})
     arguments = tuple(sorted(flat.free_symbols, key=str))
@@ -371,7 +372,7 @@ class KernelValues:
 
     def _of_pair(self, place: str, mm: np.ndarray, nn: np.ndarray, mn: np.ndarray) -> np.ndarray:
         """A rule's expression at other values of its source's kernel."""
-        function, arguments = _compiled(self._rules[place].expression)
+        function, arguments = compiled(self._rules[place].expression)
         known = {**self._symbols[place], "K_mm": mm, "K_nn": nn, "K_mn": mn}
         known["X_mn"] = self._on_grid(self.excess(self._rules[place].sources[0]))
         return np.asarray(function(*(known[argument.name] for argument in arguments)))
@@ -425,7 +426,7 @@ class KernelValues:
     def _evaluate(
         self, place: str, expr: sp.Expr, view: View, sums: np.ndarray | None = None
     ) -> np.ndarray:
-        function, arguments = _compiled(expr)
+        function, arguments = compiled(expr)
         sources, (left, right) = self._rules[place].sources, self._positions(view)
         values: dict[str, Any] = {
             **self._symbols[place],
@@ -436,7 +437,7 @@ class KernelValues:
         }
         for argument in arguments:
             head, _, at = argument.name.partition("_")
-            if at not in ("mn", "mm", "nn"):
+            if at not in VIEWS:
                 continue
             inner: View = at if view == "mn" else view
             if head == "X":
