@@ -208,7 +208,12 @@ def _simplifications(architecture: Architecture, init: Scheme) -> dict[sp.Symbol
 def _with(rule: Rule, known: Mapping[sp.Symbol, sp.Expr]) -> Rule:
     if not known:
         return rule
-    return replace(rule, expression=rule.expression.subs(known))
+    return replace(rule, expression=_with_values(rule.expression, tuple(known.items())))
+
+
+@lru_cache(maxsize=1024)
+def _with_values(expression: sp.Expr, known: tuple[tuple[sp.Symbol, sp.Expr], ...]) -> sp.Expr:
+    return expression.subs(known)
 
 
 @lru_cache(maxsize=1024)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -118,11 +119,12 @@ class Rule:
 
     def apply(self, kernels: list[sp.Expr]) -> sp.Expr:
         """The expression with symbolic kernels in place of K, J and Q, nothing simplified."""
-        return put(self.expression, kernels)
+        return _put(self.expression, tuple(kernels))
 
 
-def put(expression: sp.Expr, kernels: Sequence[sp.Expr]) -> sp.Expr:
-    """Symbolic kernels in place of K, J and Q."""
+@lru_cache(maxsize=4096)
+def _put(expression: sp.Expr, kernels: tuple[sp.Expr, ...]) -> sp.Expr:
+    """Symbolic kernels in place of K, J and Q; the layers of many architectures are the same."""
     for function, kernel in zip((K, J, Q), kernels, strict=False):
         expression = expression.replace(function, _at(kernel))
     return expression
