@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from montecarlo import confidence, engines, memory, sampler
-from montecarlo.engines import Running
+from montecarlo.engines import Engine, Running
 from montecarlo.estimators import Asked, question_of
 from montecarlo.evidence import Decision, Measurement, Target
 from montecarlo.moments import Moments
@@ -318,17 +318,22 @@ class Campaign:
         self.streams = list(self._by_group.values())
 
     def run(
-        self, workers: int | None = 1, in_flight: int | None = None, engine: str = "local"
+        self,
+        workers: int | None = 1,
+        in_flight: int | None = None,
+        engine: str = "local",
+        started: Engine | None = None,
     ) -> list[Decision]:
         """Draw until all is decided or the draws, the budget or the patience ends.
 
-        `engine` and `workers` are those of `montecarlo.engines.engine`.  Raises `ValueError`,
+        `engine` and `workers` are those of `montecarlo.engines.engine`, and `started` the same one
+        where it is at work already (`montecarlo.engines.ready`).  Raises `ValueError`,
         `OSError` and `ImportError` as `montecarlo.engines` and `montecarlo.store` do, and
         `MemoryError` where this machine's memory will not hold the blocks.
         """
         deadline = np.inf if self.budget is None else time.perf_counter() + self.budget
         device = engines.device_of(engine, self.conditions.device, self.conditions.dtype)
-        start = engines.engine(engine, workers, device)
+        start = started or engines.engine(engine, workers, device)
         together = at_once(engine, workers, device)
         if together is not None:
             memory.require_memory(self._by_group, self.conditions, together)

@@ -24,7 +24,7 @@ from concurrent.futures import (
     Future,
     ThreadPoolExecutor,
 )
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -39,6 +39,8 @@ CONNECT_SECONDS = 10.0
 """How long a scheduler may take to answer."""
 WORKER_SECONDS = 60.0
 """How long a cluster may take to have its first worker."""
+NAMES = ("local", "in-process")
+"""The engines that have a name; a cluster goes by its scheduler's address."""
 RESTARTS = 3
 """Local workers are started again at most this often without a block in between."""
 
@@ -70,13 +72,24 @@ def engine(name: str, workers: int | None, device: str) -> Engine:
     expect(some, "at least 1 worker", workers, "raise workers")
     if is_cluster(name):
         return partial(cluster, name, workers, device)
-    known = name in ("local", "in-process")
+    known = name in NAMES
     expect(known, "an engine: local, in-process or tcp://HOST:PORT", name, "name one of these")
     if name == "in-process":
         expect(workers in (None, 1), "in-process with 1 worker", workers, "use the engine local")
         return in_process
     count = default_workers(device) if workers is None else workers
     return in_process if count == 1 else partial(local, count)
+
+
+@contextmanager
+def ready(start: Engine) -> Iterator[Engine]:
+    """The same engine, started at once: its workers load while something else is done.
+
+    It ends with this context; an engine that was lost is started again as before.
+    """
+    with ExitStack() as stack:
+        waiting = [stack.enter_context(start())]
+        yield lambda: nullcontext(waiting.pop()) if waiting else start()
 
 
 def is_cluster(name: str) -> bool:

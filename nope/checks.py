@@ -22,6 +22,14 @@ def is_refusal(error: Exception) -> bool:
     return (plain and str(error).startswith("expected ")) or isinstance(error, NotImplementedError)
 
 
+def line(error: BaseException) -> str:
+    """An error in one line; one that was not foreseen says its kind."""
+    message = error.args[0] if isinstance(error, LookupError) and error.args else error
+    (words, *_) = str(message).splitlines() or [""]
+    refused = isinstance(error, Exception) and is_refusal(error)
+    return words if refused else f"{type(error).__name__}: {words}"
+
+
 def expect_count(name: str, value: object, least: int = 1) -> None:
     """Refuse what is not a whole number of at least `least` (a bool is none)."""
     ok = not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least

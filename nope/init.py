@@ -442,3 +442,23 @@ def _xavier(gain: float, distribution: Distribution) -> Scheme:
 def _kaiming(mode: Fan, nonlinearity: str, distribution: Distribution) -> Scheme:
     expect_choice("nonlinearity", nonlinearity, tuple(GAINS_SQUARED))
     return VarianceScaling(GAINS_SQUARED[nonlinearity], mode, distribution)
+
+
+SCHEMES: dict[str, Callable[..., Scheme]] = {
+    scheme.__name__: scheme
+    for scheme in (
+        normal,
+        truncated_normal,
+        gpt2,
+        xavier_normal,
+        xavier_uniform,
+        kaiming_normal,
+        kaiming_uniform,
+        lecun_normal,
+        lecun_uniform,
+        orthogonal,
+        mup,
+        torch_default,
+    )
+}
+"""The registered schemes: what sweeps know by name, and what goes through the contract."""

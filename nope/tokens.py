@@ -112,21 +112,22 @@ class TextTokens:
     occurs, in order of byte or code point, each with a row of a table of N(0, std^2).
 
     `digest` is the content's: equal texts are equal wherever they lie, and one that has changed
-    since is refused when it is read again.  Raises `ValueError` for a text that cannot be read,
-    is empty or, in characters, is not UTF-8.
+    since, or is not the one a given digest names, is refused.  Raises `ValueError` for such a
+    text and for one that cannot be read, is empty or, in characters, is not UTF-8.
     """
 
     path: str | os.PathLike[str] | None = field(default=None, compare=False)
     std: float = 0.02
     unit: Unit = "bytes"
-    digest: str = field(init=False)
+    digest: str = ""
 
     def __post_init__(self) -> None:
         _expect_std(self.std)
         expect_choice("unit", self.unit, tuple(UNITS))
         if self.path is not None:
             object.__setattr__(self, "path", os.fspath(self.path))
-        object.__setattr__(self, "digest", self._read().digest)
+        found = self._unchanged() if self.digest else self._read()
+        object.__setattr__(self, "digest", found.digest)
 
     @property
     def ids(self) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
@@ -26,6 +26,7 @@ from nope.checks import expect
 from nope.init import Scheme
 from nope.layers import GATES, AttentionKind
 from nope.operations import ActivationName, NormKind
+from nope.plugins import entered, schemes, warn
 from nope.questions import OBSERVABLES, Question
 from nope.tokens import GaussianTokens
 from reports import grids
@@ -37,37 +38,19 @@ LARGEST = 1_000_000
 LARGEST_COUNT = 2**63 - 1
 """Sizes are numbers of 64 bits to the theory, to the layers and in the table."""
 
-SCHEMES: Mapping[str, Callable[..., Scheme]] = {
-    scheme.__name__: scheme
-    for scheme in (
-        nope.init.normal,
-        nope.init.truncated_normal,
-        nope.init.gpt2,
-        nope.init.xavier_normal,
-        nope.init.xavier_uniform,
-        nope.init.kaiming_normal,
-        nope.init.kaiming_uniform,
-        nope.init.lecun_normal,
-        nope.init.lecun_uniform,
-        nope.init.orthogonal,
-        nope.init.mup,
-        nope.init.torch_default,
-    )
-}
-
 
 @dataclass(frozen=True)
 class Axis:
     """What a grid may vary.
 
-    `read` makes values of what was written, or raises `ValueError`; `known` are all words there
-    are, empty for an axis of numbers.
+    `read` makes values of what was written, or raises `ValueError`; `known` gives all words there
+    are, none for an axis of numbers.
     """
 
     meaning: str
     default: Any
     read: Callable[[str, Any], list[Any]]
-    known: tuple[str, ...] = ()
+    known: Callable[[], Collection[str]] = tuple
 
 
 def _numbers(name: str, written: Any) -> list[float]:
@@ -90,15 +73,20 @@ def _counts(name: str, written: Any) -> list[int]:
     return [int(value) for value in found]
 
 
-def _choice(meaning: str, default: str, known: Iterable[str]) -> Axis:
-    """An axis of words."""
-    words = tuple(known)
+def _choice(meaning: str, default: str, *words: str) -> Axis:
+    """An axis of these words."""
+    return _named(meaning, default, lambda: words)
+
+
+def _named(meaning: str, default: str, known: Callable[[], Collection[str]]) -> Axis:
+    """An axis of the words that there are when it is read."""
 
     def read(name: str, written: Any) -> list[str]:
-        expect(written in words, f"{name} of {', '.join(words)}", written, f"change {name}")
+        fits = isinstance(written, str) and written in known()
+        expect(fits, f"{name} of {', '.join(known())}", written, f"change {name}")
         return [written]
 
-    return Axis(meaning, default, read, words)
+    return Axis(meaning, default, read, known)
 
 
 def _questions(name: str, written: Any) -> list[str]:
@@ -117,12 +105,12 @@ AXES: Mapping[str, Axis] = {
     "n_layers": Axis("layers", 1, _counts),
     "n_ctx": Axis("positions", 512, _counts),
     "d_ff": Axis("width of the MLP, 0 for none; 4 d_model", None, _counts),
-    "attention": _choice("the layers' attention", "softmax", get_args(AttentionKind)),
-    "activation": _choice("of the MLP", "gelu", (*get_args(ActivationName), *GATES)),
-    "norm": _choice("kind of norm", "layernorm", get_args(NormKind)),
-    "norm_position": _choice("where the norm stands", "pre", get_args(NormPosition)),
+    "attention": _choice("the layers' attention", "softmax", *get_args(AttentionKind)),
+    "activation": _choice("of the MLP", "gelu", *get_args(ActivationName), *GATES),
+    "norm": _choice("kind of norm", "layernorm", *get_args(NormKind)),
+    "norm_position": _choice("where the norm stands", "pre", *get_args(NormPosition)),
     "token_std": Axis("standard deviation of a token's coordinate", 0.02, _numbers),
-    "scheme": _choice("initialisation, of nope.init", "normal", SCHEMES),
+    "scheme": _named("initialisation, of nope.init or a plugin", "normal", schemes),
     "std": Axis("standard deviation of a weight; empty for schemes without one", 0.02, _numbers),
     "gain": Axis("gain of a scheme; empty for schemes without one", 1.0, _numbers),
     "question": Axis(
@@ -130,11 +118,12 @@ AXES: Mapping[str, Axis] = {
         "second_moment at blocks.-1.attn_out",
         _questions,
     ),
-    "fidelity": _choice("how the theory treats a softmax", "best", get_args(Asked)),
+    "fidelity": _choice("how the theory treats a softmax", "best", *get_args(Asked)),
     "band": _choice(
         "half its width: the tolerance and the theory's own remainder, or the tolerance alone",
         "remainder",
-        ("remainder", "tolerance"),
+        "remainder",
+        "tolerance",
     ),
 }
 """What a grid may vary, what each means and stands at where it is not given: GPT-2 small's."""
@@ -151,11 +140,13 @@ def read(grid: Mapping[str, Any] | str | Path) -> Grid:
     """A grid from a mapping or a TOML file: axes to a value, a range as text, or a list of these.
 
     Raises `ValueError` for what is no TOML, an unknown axis and a value that an axis cannot have
-    (which axis, and of which file), `OSError` for a file that cannot be read.
+    (which axis, and of which file), `OSError` for a file that cannot be read.  A plugin's scheme
+    that does not work is a `nope.plugins.PluginWarning`.
 
     >>> read({"d_model": "16:48:16", "std": [0.02, "0.1:1:log2"]})
     {'d_model': [16, 32, 48], 'std': [0.02, 0.1, 1.0]}
     """
+    warn(entered())
     written = grid if isinstance(grid, Mapping) else _toml(Path(grid))
     unknown = [name for name in written if name not in AXES]
     expect(not unknown, f"axes of {', '.join(AXES)}", ", ".join(unknown), "correct the name")
@@ -195,6 +186,11 @@ class Cell:
     def setting(self) -> tuple[Any, ...]:
         """What it shares with the cells that are answered by the same draws."""
         return tuple(value for name, value in self.at.items() if name not in OF_THEORY)
+
+    @property
+    def init(self) -> Scheme:
+        """The initialisation.  Raises `ValueError` for sizes that cannot be."""
+        return _setting(self.setting)[1]
 
     @property
     def question(self) -> Question:
@@ -237,7 +233,7 @@ def _setting(setting: tuple[Any, ...]) -> tuple[nope.Architecture, Scheme]:
         expect(ok, f"{name} of at most {LARGEST_COUNT:.3g}", size, f"lower {name}")
     taken = {name: at[name] for name in OF_SCHEME if at[name] is not None}
     architecture = nope.decoder(**sizes, tokens=GaussianTokens(at["token_std"]))
-    return architecture, SCHEMES[at["scheme"]](**taken)
+    return architecture, schemes()[at["scheme"]](**taken)
 
 
 def _counted(place: str, n_layers: int) -> str:
@@ -261,7 +257,7 @@ def cells(grid: Mapping[str, Any] | str | Path) -> list[Cell]:
 
 def _settled(at: dict[str, Any]) -> Cell:
     """A cell whose defaults are filled in, and which says nothing of what its scheme ignores."""
-    taken = signature(SCHEMES[at["scheme"]]).parameters
+    taken = signature(schemes()[at["scheme"]]).parameters
     if at["n_heads"] is None:
         at["n_heads"] = gcd(12, at["d_model"])
     if at["d_ff"] is None:

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -31,14 +33,17 @@ from rich.table import Table
 import theory
 from montecarlo import Campaign, Conditions
 from montecarlo.engines import default_workers, device_of
+from montecarlo.estimators import Asked
 from montecarlo.plan import POWER
-from nope.checks import is_refusal
+from nope import plugins
+from nope.checks import is_refusal, line
 from nope.devices import resolve_device
+from nope.plugins import Plugin, PluginWarning
 from reports import cells, estimates, grids, plan, suite, tables
 from reports.sweep import require
 from reports.sweep import sweep as hold_over
 from reports.verdicts import REFUTED, Run, Verdict
-from theory.claims import Claim, select
+from theory.claims import Claim, Setting, gather, select
 
 INTERRUPTED, BAD_USAGE, UNFORESEEN, UNREAD = 130, 2, 70, 141
 """Exit statuses beside those of a run; that of a broken pipe is 128 and SIGPIPE's number."""
@@ -101,6 +106,7 @@ def main() -> None:
     Anything unforeseen keeps its traceback and ends with 70, never with the 1 of a surprise.  So
     does a pipe that nobody reads any more, with 141; by then what is to be saved has been.
     """
+    warnings.simplefilter("ignore", PluginWarning)  # `_tell` does
     try:
         _run()
     except BrokenPipeError:
@@ -114,6 +120,13 @@ def main() -> None:
         sys.stderr.write(words)
     _let_go()
     sys.exit(status)
+
+
+def _tell(added: Iterable[Plugin]) -> None:
+    """A line on standard error for each plugin that does not work."""
+    for plugin in added:
+        if plugin.trouble:
+            print(f"nope: {plugin.trouble}", file=sys.stderr)
 
 
 def _run() -> None:
@@ -220,16 +233,12 @@ def verify(
     is UNDECIDED, 2 on bad usage, 130 after Ctrl-C, 141 when nobody reads the output.
     """
     require(error_rate, tolerance, draws, budget)
-    sizes = {
-        "d_model": d_model,
-        "n_heads": n_heads,
-        "n_ctx": n_ctx,
-        "std": std,
-        "token_std": token_std,
-    }
-    chosen = select(theory.claims(**sizes), claims or ())
+    known, contributed = gather(Setting(d_model, n_heads, n_ctx, std, token_std))
+    added = (*contributed, *plugins.registered())
+    _tell(added)
+    chosen = select(known, claims or ())
     if list_claims:
-        _print_claims(chosen, tolerance)
+        _print_claims(chosen, tolerance, added)
         return
     if dry_run:
         conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)
@@ -325,13 +334,21 @@ def progress_bar(claims: int) -> Iterator[Callable[[Campaign], None]]:
         yield update
 
 
-def _print_claims(claims: tuple[Claim, ...], tolerance: float) -> None:
+def _print_claims(claims: tuple[Claim, ...], tolerance: float, added: tuple[Plugin, ...]) -> None:
+    """A row for each claim and each plugin that does not work; what every package adds."""
     table = _table("claim", "status", "band", "statement", "source")
     for claim in claims:
         band = f"{claim.band or tolerance:.3g}"
         band = "none" if claim.relation.name == "ordered" else band
-        table.add_row(claim.id, str(claim.status), band, claim.statement, claim.source)
-    _console().print(table)
+        words = map(escape, (claim.statement, claim.credit))
+        table.add_row(escape(claim.id), str(claim.status), band, *words)
+    for plugin in (plugin for plugin in added if plugin.trouble):
+        table.add_row(escape(plugin.name), "broken", "-", escape(plugin.trouble), plugin.package)
+    console = _console()
+    console.print(table)
+    for package in dict.fromkeys(plugin.package for plugin in added):
+        parts = [f"{p.name} of {p.group}" for p in added if p.package == package and not p.trouble]
+        console.print(f"{package} adds {', '.join(parts) or 'nothing'}.", highlight=False)
 
 
 def _print_dry_run(
@@ -343,14 +360,16 @@ def _print_dry_run(
 ) -> None:
     count = workers or default_workers(conditions.device)
     cases = suite.cases_of(claims, tolerance)
-    found, total = plan.dry_run(cases, conditions, error_rate, count)
+    errors: dict[Asked, Exception] = {}
+    found, total = plan.dry_run(cases, conditions, error_rate, count, errors)
     estimates = {id(estimate.case): estimate for estimate in found}
     table = _table("claim", "judged at", "band", "expected", "draws", "sees", "seconds")
     for case in cases:
         place = f"{case.question.observable} at {case.question.place}"
         estimate = estimates.get(id(case))
         if estimate is None or case.region is None:
-            table.add_row(case.claim.id, place, "-", f"{case.without}: {case.reason}", "", "", "")
+            reason = escape(_without_estimate(case, errors))
+            table.add_row(escape(case.claim.id), place, "-", reason, "", "", "")
             continue
         numbers = (
             f"{estimate.draws:.0f}",
@@ -358,7 +377,7 @@ def _print_dry_run(
             f"{estimate.seconds:.1f}",
         )
         band = f"{case.region.width:.3g}"
-        table.add_row(case.claim.id, place, band, case.expected or "-", *numbers)
+        table.add_row(escape(case.claim.id), place, band, case.expected or "-", *numbers)
     console = _console()
     console.print(table)
     memory = max((estimate.megabytes for estimate in found), default=0.0)
@@ -368,6 +387,14 @@ def _print_dry_run(
         "By these draws a verdict has fallen, and an error of the size in `sees` been found, "
         f"{POWER:.0%} of times."
     )
+
+
+def _without_estimate(case: suite.Case, errors: Mapping[Asked, Exception]) -> str:
+    """Why nothing was estimated: the case's own reason, or why its pilot failed."""
+    if case.region is None:
+        return f"{case.without}: {case.reason}"
+    error = errors.get(case.region.statistic)
+    return f"UNDECIDED: {line(error) if error else 'the pilot gives no number'}"
 
 
 def print_run(run: Run, out: Path | None) -> None:
@@ -383,15 +410,15 @@ def print_run(run: Run, out: Path | None) -> None:
     console.print(table)
     for verdict in run:
         if verdict.verdict == REFUTED and len(verdict.positions) > 1:
-            console.print(f"{verdict.claim}, measured against theory:", highlight=False)
+            console.print(f"{escape(verdict.claim)}, measured against theory:", highlight=False)
             console.print(_curve(verdict))
     for claim, remark in {v.claim: v.remark for v in run if v.remark}.items():
-        console.print(f"{claim}: {remark}", highlight=False)
+        console.print(f"{claim}: {remark}", highlight=False, markup=False)
     for verdict in run:
         if verdict.reason or verdict.verdict == "UNDECIDED" or verdict.surprising:
-            console.print(f"{verdict.name}: {verdict.words}", highlight=False)
+            console.print(f"{verdict.name}: {verdict.words}", highlight=False, markup=False)
     info = run.info
-    undecided = any(verdict.verdict == "UNDECIDED" for verdict in run)
+    undecided = any(v.verdict == "UNDECIDED" and not v.reason for v in run)
     if undecided and info["budget"] is not None:
         console.print("How far an UNDECIDED claim gets in a time budget varies; --draws does not.")
     console.print(
@@ -415,7 +442,7 @@ def _cells(verdict: Verdict) -> dict[str, str]:
     asked, colour = verdict.question, COLOURS.get(verdict.verdict, "dim")
     mark = " (!)" if verdict.surprising else ""
     cells = {
-        "claim": f"{verdict.claim}\n[dim]{asked['observable']} at {asked['place']}[/]",
+        "claim": f"{escape(verdict.claim)}\n[dim]{asked['observable']} at {asked['place']}[/]",
         "verdict": f"[{colour}]{verdict.verdict}[/]{mark}",
         "expected": verdict.expected or "-",
         "draws": str(verdict.draws),
@@ -510,6 +537,7 @@ def sweep(
 
     The exit status is that of verify, and 2 where every cell is NOT_APPLICABLE.
     """
+    _tell(plugins.entered())
     if list_axes:
         _print_axes()
         return
@@ -574,7 +602,7 @@ def _print_axes() -> None:
     table = _table("axis", "values", "default", "meaning")
     for name, axis in cells.AXES.items():
         default = "" if axis.default is None else str(axis.default)
-        table.add_row(name, ", ".join(axis.known) or "numbers", default, axis.meaning)
+        table.add_row(name, ", ".join(axis.known()) or "numbers", default, axis.meaning)
     console = _console()
     console.print(table)
     columns = _table("column", "meaning")
@@ -699,9 +727,9 @@ def formula_validity(
     found = theory.validity(name, grids.parse(over) if over else {}, tolerance)
     lines = found.ranges(along)
     table = _table(*lines[0].at, "agrees", "undecided", "largest error")
-    for line in lines:
-        point = (f"{value:.6g}" for value in line.at.values())
-        table.add_row(*point, line.agrees, line.undecided or "-", f"{line.worst:.3g}")
+    for row in lines:
+        point = (f"{value:.6g}" for value in row.at.values())
+        table.add_row(*point, row.agrees, row.undecided or "-", f"{row.worst:.3g}")
     console = _console()
     console.print(table)
     console.print(f"{found.title}.", highlight=False)

@@ -14,9 +14,10 @@ import numpy as np
 from montecarlo import Campaign, Conditions
 from montecarlo.plan import draws_needed
 from montecarlo.sampler import Group
+from nope.checks import line
 from reports import suite
 from reports.cells import Cell, by_setting, cells
-from reports.forecasts import forecast, line, possible
+from reports.forecasts import forecast, possible
 from reports.suite import Case
 from reports.sweep import require
 from theory.claims import best_theory

@@ -14,7 +14,7 @@ from montecarlo.engines import Running, in_process
 from montecarlo.engines import engine as engine_of
 from montecarlo.memory import require_memory
 from montecarlo.sampler import Group
-from nope.checks import is_refusal
+from nope.checks import is_refusal, line
 from reports import suite
 from reports.cells import Cell, by_setting
 from reports.suite import Case
@@ -70,12 +70,6 @@ def _forecast(cell: Cell, tolerance: float) -> Forecast:
     region = case.region or case.claim.region(question, tolerance)
     remainder = cell.prediction(question).remainder
     return Forecast(case, region, remainder, case.reason, case.without)
-
-
-def line(error: Exception) -> str:
-    """An error in one line; one that was not foreseen says its kind."""
-    (words, *_) = str(error.args[0] if error.args else error).splitlines() or [""]
-    return words if is_refusal(error) else f"{type(error).__name__}: {words}"
 
 
 def _forecast_all(batch: Sequence[Cell], tolerance: float) -> list[Forecast]:

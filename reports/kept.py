@@ -1,7 +1,8 @@
 """What the theory says of a sweep's cells, asked once: kept beside the evidence of the run.
 
-A forecast lies under a key of all that it depends on: the cell, the tolerance, the sources of
-`nope`, `theory` and `reports`, the builds of the libraries.  It is kept as plain arrays and words.
+A forecast lies under a key of all that it depends on: the cell with the scheme that its name
+stands for, the tolerance, the sources of `nope`, `theory` and `reports`, the builds of the
+libraries.  It is kept as plain arrays and words.
 """
 
 from __future__ import annotations
@@ -60,13 +61,19 @@ def _part_of(progress: Progress, before: float, share: float) -> Progress:
 
 
 def _key(cell: Cell, tolerance: float) -> str | None:
-    """What a forecast depends on; None where the sources are not those that this process runs."""
+    """What a forecast depends on; None where that cannot be told, and for cells that cannot be.
+
+    It cannot be told where the sources are not those that this process runs, and of a plugin's
+    scheme that is no dataclass.
+    """
     sources = code_digest()
     if sources is None:
         return None
-    return digest_of(
-        part.encode() for part in (describe((*cell.values, tolerance)), sources, REPORTS, BUILD)
-    )
+    try:
+        asked = describe((*cell.values, cell.init, tolerance))
+    except Exception:  # what a plugin's scheme may raise has no end; the forecast says what
+        return None
+    return digest_of(part.encode() for part in (asked, sources, REPORTS, BUILD))
 
 
 def _of(store: Store, cell: Cell, tolerance: float) -> Forecast | None:

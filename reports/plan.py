@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from montecarlo import Campaign, Conditions
+from montecarlo.estimators import Asked
 from montecarlo.memory import block_bytes
 from montecarlo.plan import MOST_DRAWS, detectable, draws_needed
 from montecarlo.sampler import Group
-from reports.suite import Case, targets_of
+from reports.suite import Case, note, targets_of
 
 PILOT_DRAWS = 16
 
@@ -32,17 +34,22 @@ class Estimate:
 
 
 def dry_run(
-    cases: Sequence[Case], conditions: Conditions, error_rate: float, workers: int
+    cases: Sequence[Case],
+    conditions: Conditions,
+    error_rate: float,
+    workers: int,
+    errors: dict[Asked, Exception] | None = None,
 ) -> tuple[list[Estimate], float]:
     """Estimated draws, seconds and memory per case, and the seconds of all together.
 
     A pilot of a few draws gives the variance and the time of a draw, and `montecarlo.plan` the
     draws.  Where the truth lies is taken from the best theory (the claim's own prediction
-    without one).
+    without one).  What nothing could be drawn for has no estimate; `errors` is told why.
     """
     judged = [case for case in cases if case.region is not None]
     targets = targets_of(cases, error_rate)
-    pilot = Campaign(targets, conditions, draws=PILOT_DRAWS).run(1)
+    told = partial(note, {} if errors is None else errors)
+    pilot = Campaign(targets, conditions, draws=PILOT_DRAWS, failed=told).run(1)
     found, by_group = [], dict[Group, float]()
     for case, target, decision in zip(judged, targets, pilot, strict=True):
         measured, group = decision.measurement, Group.of(target.question, conditions)

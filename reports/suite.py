@@ -9,10 +9,10 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,14 @@ from montecarlo import Campaign, Conditions, Decision, Target, exponent
 from montecarlo.campaign import require_limits
 from montecarlo.decide import require_rate
 from montecarlo.engines import device_of
-from montecarlo.estimators import Integrated, best
+from montecarlo.estimators import Asked, Integrated, best
 from montecarlo.plan import detectable, more_draws
 from montecarlo.store import opened
-from nope.checks import expect, expect_finite
+from nope.checks import expect, expect_finite, line
+from nope.plugins import packages
 from nope.questions import Question
 from reports.verdicts import NOT_APPLICABLE, UNDECIDED, UNINFORMATIVE, Run, Verdict
-from theory.claims import UNINFORMATIVE_BAND, Claim
+from theory.claims import UNINFORMATIVE_BAND, Claim, expect_own_ids, gather
 from theory.claims import claims as all_claims
 from theory.derivation import derive
 from theory.formula import Formula
@@ -77,9 +78,20 @@ class Case:
 
 
 def cases_of(claims: Iterable[Claim], tolerance: float) -> list[Case]:
-    """Every question of every claim.  Raises `ValueError` for a tolerance that is not positive."""
+    """Every question of every claim.  Raises `ValueError` for a tolerance that is not positive.
+
+    A claim whose prediction cannot be, or fails, is UNDECIDED with the reason, and the others go
+    on: nothing is drawn for it, but it was to be judged.
+    """
     expect_finite("tolerance", tolerance, positive=True)
-    return [Case.of(claim, question, tolerance) for claim in claims for question in claim.asked]
+    return [_case(claim, question, tolerance) for claim in claims for question in claim.asked]
+
+
+def _case(claim: Claim, question: Question, tolerance: float) -> Case:
+    try:
+        return Case.of(claim, question, tolerance)
+    except Exception as error:
+        return Case(claim, question, None, tolerance, reason=line(error), without=UNDECIDED)
 
 
 def targets_of(cases: Sequence[Case], error_rate: float, plain: bool = True) -> list[Target]:
@@ -129,9 +141,7 @@ def _chosen(claims: Claim | Iterable[Claim] | None) -> tuple[Claim, ...]:
     for claim in found:
         if not isinstance(claim, Claim):
             raise ValueError(f"expected theory.Claims, got {claim!r}; see theory.claims()")
-    twice = sorted(name for name, count in Counter(c.id for c in found).items() if count > 1)
-    if twice:
-        raise ValueError(f"expected every claim to have its own id, got {twice} twice; rename one")
+    expect_own_ids(found)
     return found
 
 
@@ -168,9 +178,10 @@ def verify(
     engine:     where blocks are computed, and by how many `workers`: see `montecarlo.engines`
 
     The evidence behind a decided verdict is the same bits for any `engine`, `workers` and
-    `budget`, and for a run that was killed and called again.  Raises `ValueError` for arguments
-    or predictions that cannot be and bands lost in rounding, `OSError` for an evidence store
-    that cannot be used, `MemoryError` where a block does not fit.
+    `budget`, and for a run that was killed and called again.  A claim whose prediction or layers
+    fail is UNDECIDED with the reason.  Raises `ValueError` for arguments that cannot be and bands
+    lost in rounding, `OSError` for an evidence store that cannot be used, `MemoryError` where a
+    block does not fit.
     """
     begin = time.perf_counter()
     chosen = _chosen(claims)
@@ -184,15 +195,15 @@ def verify(
     cases = cases_of(chosen, tolerance)
     targets = targets_of(cases, error_rate, plain)
     judged = [case for case in cases if case.region is not None]
+    errors: dict[Asked, Exception] = {}
     with opened(out) as store:
-        campaign = Campaign(targets, conditions, draws, budget, stop, progress, store)
+        told = partial(note, errors)
+        campaign = Campaign(targets, conditions, draws, budget, stop, progress, store, told)
         decisions = dict(zip(judged, campaign.run(workers, engine=engine), strict=True))
     ended = "interrupted" if stop() else "a worker died" if campaign.broken else "stopped"
-    verdicts = tuple(
-        _judged(case, case.region, decisions[case], ended) if case.region else _not_judged(case)
-        for case in cases
-    )
-    verdicts = _with_exponents(verdicts, decisions)
+    failed = {c: errors[d.target.asked] for c, d in decisions.items() if d.target.asked in errors}
+    verdicts = tuple(_verdict(c, decisions.get(c), failed.get(c), ended) for c in cases)
+    verdicts = _with_exponents(verdicts, {c: d for c, d in decisions.items() if c not in failed})
     options = {
         "error_rate": error_rate,
         "tolerance": tolerance,
@@ -221,6 +232,13 @@ def verify(
     return run
 
 
+def note(errors: dict[Asked, Exception], asked: Asked, error: Exception) -> None:
+    """Keep why a question's block failed; that there is no room for it ends the run."""
+    if isinstance(error, MemoryError):
+        raise error
+    errors[asked] = error
+
+
 # ------------------------------------------------------------------------ one verdict
 
 
@@ -244,13 +262,22 @@ def _common(case: Case) -> dict[str, Any]:
     return {
         "claim": claim.id,
         "statement": claim.statement,
-        "source": claim.source,
+        "source": claim.credit,
         "status": str(claim.status),
         "expected": case.expected,
         "remark": claim.remark,
         "relation": claim.relation.name,
         "reason": case.reason,
     }
+
+
+def _verdict(case: Case, decision: Decision | None, error: Exception | None, ended: str) -> Verdict:
+    """What a case came to; `error` is why its draws failed."""
+    if error is not None:
+        case = replace(case, region=None, reason=line(error), without=UNDECIDED)
+    if decision is None or case.region is None:
+        return _not_judged(case)
+    return _judged(case, case.region, decision, ended)
 
 
 def _not_judged(case: Case) -> Verdict:
@@ -268,9 +295,10 @@ def _judged(case: Case, region: Region, decision: Decision, ended: str) -> Verdi
     lowest, highest = decision.simultaneous()
     worst = _worst(region, estimate, decision)
     remainder = float(np.max(prediction.remainder, initial=0.0))
+    derivation, aside = _derivation(question)
     return Verdict(
         verdict=decision.verdict,
-        words=_words(case, decision, worst, remainder, ended),
+        words=_words(case, decision, worst, remainder, ended) + aside,
         question=describe(question),
         positions=question.positions,
         shape=list(question.shape),
@@ -286,7 +314,7 @@ def _judged(case: Case, region: Region, decision: Decision, ended: str) -> Verdi
         error_rate=2 * decision.target.confirm_error,
         seconds=decision.seconds,
         formula=prediction.formula.latex() if isinstance(prediction.formula, Formula) else None,
-        derivation=derivation_of(question),
+        derivation=derivation,
         **_common(case),
     )
 
@@ -423,6 +451,16 @@ LEFT_SIDES = {"vector": r"K(m, n)", "pair": r"\mathbb{E}\,x_{mn}^2"}
 """What a derivation is about: a kernel, or the second moment of a score or a weight."""
 
 
+def _derivation(question: Question) -> tuple[list[dict[str, str]], str]:
+    """The steps, and in words why they fail; a claim with its own numbers may do without rules."""
+    try:
+        return derivation_of(question), ""
+    except NotImplementedError:
+        return [], ""
+    except Exception as error:
+        return [], f" Its derivation fails: {line(error)}."
+
+
 def derivation_of(question: Question) -> list[dict[str, str]]:
     """The kernel's derivation at a question's place, in LaTeX; a symmetry rests on none."""
     if question.kind.transform is not None:
@@ -449,10 +487,11 @@ def derivation_of(question: Question) -> list[dict[str, str]]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything a number may depend on."""
-    packages = ("nope-theory", "torch", "numpy", "scipy", "sympy")
-    found = {package: metadata.version(package) for package in packages}
-    return {**found, "python": platform.python_version(), "machine": platform.machine()}
+    """Versions of everything a number may depend on, plugins among it."""
+    needed = ("nope-theory", "torch", "numpy", "scipy", "sympy")
+    found = {package: metadata.version(package) for package in needed}
+    machine = {"python": platform.python_version(), "machine": platform.machine()}
+    return {**found, **packages(), **machine}
 
 
 def commit() -> str | None:
@@ -480,6 +519,6 @@ def _arguments(claims: Sequence[Claim], options: dict[str, Any]) -> dict[str, An
     (setting,) = settings
     assert setting is not None
     chosen = [claim.id for claim in claims]
-    if {claim.id for claim in all_claims(**asdict(setting))} == set(chosen):
+    if {claim.id for claim in gather(setting)[0]} == set(chosen):
         chosen = []
     return {"claims": chosen, "options": {**asdict(setting), **options}}

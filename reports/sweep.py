@@ -24,9 +24,10 @@ from montecarlo.campaign import at_once, require_limits
 from montecarlo.engines import device_of
 from montecarlo.estimators import Asked
 from montecarlo.store import opened
+from nope.checks import line
 from reports import suite
 from reports.cells import Cell, cells, read
-from reports.forecasts import Forecast, Progress, forecasts, line, possible
+from reports.forecasts import Forecast, Progress, forecasts, possible
 from reports.kept import recalled
 from reports.tables import COLUMNS, SCHEMA, require_pyarrow, save, tabulate
 from reports.verdicts import UNDECIDED

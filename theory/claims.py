@@ -8,6 +8,7 @@ claim's own band.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -18,8 +19,10 @@ from typing import Any
 import numpy as np
 
 import nope
+from nope import plugins
 from nope.architecture import Architecture
-from nope.checks import expect_count, expect_finite
+from nope.checks import expect, expect_count, expect_finite
+from nope.plugins import Plugin
 from nope.questions import Question
 from nope.tokens import GaussianTokens
 from theory.formula import Formula, Status
@@ -51,6 +54,7 @@ class Claim:
     remark:     what a reader should know beside the verdict
     setting:    the sizes it was made for, set by `claims`; None for a claim of a user's own,
                 also one made from a paper's by `dataclasses.replace`
+    package:    the installed package that added it, set by `claims`; none for the papers'
     """
 
     id: str
@@ -66,8 +70,14 @@ class Claim:
     asserts: tuple[str, ...] = ()
     remark: str = ""
     setting: Setting | None = field(default=None, init=False)
+    package: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
+        for name in ("id", "statement", "source", "remark"):
+            given = getattr(self, name)
+            expect(
+                isinstance(given, str), f"the {name} of a claim as text", given, f"change {name}"
+            )
         object.__setattr__(self, "questions", self.asked)
         if not self.asked or not all(isinstance(asked, Question) for asked in self.asked):
             raise ValueError(
@@ -84,6 +94,11 @@ class Claim:
     def asked(self) -> tuple[Question, ...]:
         """The questions, always as a tuple."""
         return (self.questions,) if isinstance(self.questions, Question) else tuple(self.questions)
+
+    @property
+    def credit(self) -> str:
+        """The source, and the package that added the claim."""
+        return f"{self.source} ({self.package})" if self.package else self.source
 
     def predict(self, question: Question) -> Prediction:
         """The claim's own prediction for one of its questions.
@@ -188,15 +203,45 @@ best_theory = partial(predict, fidelity="best")
 
 
 def claims(**sizes: Any) -> tuple[Claim, ...]:
-    """Every claim of `theory.papers` at the given sizes (see `Setting`), by paper."""
+    """Every claim at the given sizes (see `Setting`): of `theory.papers`, then of plugins.
+
+    A plugin that does not work is left out, with a `nope.plugins.PluginWarning`.
+    """
+    found, contributed = gather(Setting(**sizes))
+    plugins.warn(contributed)
+    return found
+
+
+def gather(setting: Setting) -> tuple[tuple[Claim, ...], tuple[Plugin, ...]]:
+    """Every claim at these sizes, and the plugins of `nope.claims`, those without claims too."""
     from theory.papers import chi2023, ours, zuo2025
 
-    setting = Setting(**sizes)
-    papers = (chi2023, zuo2025, ours)
-    found = tuple(claim for paper in papers for claim in paper.claims(setting))
+    found = [claim for paper in (chi2023, zuo2025, ours) for claim in paper.claims(setting)]
+    contributed = []
+    for plugin in plugins.load(plugins.CLAIMS):
+        asked = plugin.read(lambda claims: _new(claims(setting), found))
+        for claim in asked.given or ():
+            object.__setattr__(claim, "package", plugin.package)
+            found.append(claim)
+        contributed.append(asked)
     for claim in found:
         object.__setattr__(claim, "setting", setting)
+    return tuple(found), tuple(contributed)
+
+
+def _new(given: Iterable[Any], known: Iterable[Claim]) -> tuple[Claim, ...]:
+    """The claims of a plugin.  Raises `ValueError` for what is none and for ids that are taken."""
+    found = tuple(given)
+    for claim in found:
+        expect(isinstance(claim, Claim), "theory.Claims", claim, "yield theory.Claim(...)")
+    expect_own_ids((*known, *found))
     return found
+
+
+def expect_own_ids(found: Iterable[Claim]) -> None:
+    """Refuse two claims of one id."""
+    twice = sorted(name for name, count in Counter(c.id for c in found).items() if count > 1)
+    expect(not twice, "every claim to have its own id", ", ".join(twice), "rename one")
 
 
 def select(available: Iterable[Claim], patterns: Iterable[str]) -> tuple[Claim, ...]:

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, get_args
 
@@ -33,7 +33,7 @@ from theory.formulas.tokens import collision_matrix
 from theory.kernel import Fidelity, Rule, Traits
 from theory.propagation import LEFT, KernelValues, all_pairs, at_pairs
 from theory.rules import rule_for
-from theory.symbols import WEIGHT_STD, m, n, p_same
+from theory.symbols import WEIGHT_STD, p_same
 
 Asked = Literal["uniform", "first_order", "any_temperature", "best"]
 
@@ -365,9 +365,7 @@ class _Predictor:
         """The law of a triple where the cosine is sqrt(n/m), averaged over the triples."""
         self._require_vectors(bool((self.values.size > 0).all()))
         asked = self.question
-        kernel = derive(asked.architecture, asked.init, asked.place, self.fidelity).result
-        prefix_mean = sp.simplify(kernel * sp.Max(m, n))
-        if prefix_mean.has(m, n):
+        if not self._is_prefix_mean():
             raise NotImplementedError(
                 "expected a place whose kernel is c/Max(m, n) (attn.z or attn_out of the first "
                 f"layer), got {asked.place}; measure it with montecarlo.measure"
@@ -380,6 +378,14 @@ class _Predictor:
         width = self.symbols["d"] / self.traits.maps
         value, remainder = adjacency_score(asked.architecture.n_ctx, width, variant)
         return value, remainder + float(self.values.remainder.max())
+
+
+    def _is_prefix_mean(self) -> bool:
+        """Whether Max(m, n) K(m, n) is the same at all pairs of positions."""
+        pairs = replace(self.question, observable="kernel")
+        kernel = _Values(pairs, self.rules, self.fidelity).kernel
+        scaled = np.maximum(*position_arrays(pairs)) * kernel
+        return bool(np.ptp(scaled) <= NEGLIGIBLE * np.abs(scaled).max())
 
 
 class _Values:

@@ -151,13 +151,8 @@ def test_a_zero_prediction_with_a_remainder_is_uninformative():
     assert verdict.verdict == UNINFORMATIVE
 
 
-def test_predictions_that_cannot_be_are_refused():
-    """A negative or missing remainder, a wrong shape, two claims of one name."""
-    negative = theory.Prediction(np.ones(8), np.full(8, -0.1), theory.Status.LEADING_ORDER)
-    with pytest.raises(ValueError, match="expected the remainder"):
-        reports.verify(a_claim(lambda question: negative), workers=1)
-    with pytest.raises(ValueError, match="shape"):
-        reports.verify(a_claim(np.ones(3)), workers=1)
+def test_claims_that_cannot_be_told_apart_are_refused():
+    """What is no claim, and two claims of one name."""
     with pytest.raises(ValueError, match="expected theory"):
         reports.verify("chi2023.lemma1", workers=1)
     with pytest.raises(ValueError, match="own id"):

@@ -2,7 +2,8 @@
 
 `rule_for(operation, traits, fidelity)` is dispatched on the operation's class.  To add a layer
 kind, register a function that returns a `theory.kernel.Rule`: an expression in K (and J, Q), what
-it assumes, and the relative size of what it drops, 0 if it is exact.
+it assumes, and the relative size of what it drops, 0 if it is exact.  Another package does the
+same: `nope.plugins`.
 """
 
 from collections.abc import Mapping

@@ -1,0 +1,233 @@
+"""Contracts: an object is held against its plain counterpart by checks that it inherits.
+
+A contract is a class.  A subclass names the object and gives the counterpart, a method `plain`
+that is written from the definition and shares nothing with the object; each method `test_*` it
+inherits is one check.  pytest collects every subclass whose name begins with `Test`; `check()`
+runs the same checks without pytest.
+
+What is registered (layer kinds, schemes, formulas, ...) has a contract: `registered` are the
+entries of a kind, `covers` those that a contract holds, and `uncovered` says which have none.
+`nope.testing`, `theory.testing` and `montecarlo.testing` have the contracts of each kind; this
+module is what they share, without torch.
+
+>>> class Halves(Contract):
+...     def test_twice_a_half_is_one(self):
+...         assert 2 * self.plain() == 1
+>>> Halves.named("a float", plain=lambda: 0.5).check()
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from statistics import NormalDist
+from types import FunctionType
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from nope.architecture import Architecture
+from nope.init import Scheme, law_of, normal
+from nope.layers import Layer, Sequence
+from nope.operations import Operation
+from nope.sources import NumpySource
+from nope.tokens import GaussianTokens, Tokens
+
+ERROR_RATE = 1e-9
+"""The probability that a statistical check fails though the object is right."""
+
+
+class Contract:
+    """Checks for a subclass to inherit: every method `test_*`, which takes no argument."""
+
+    @classmethod
+    def registered(cls) -> Iterable[str]:
+        """Everything that should have a contract of this kind, as in `covers`."""
+        return ()
+
+    @classmethod
+    def covers(cls) -> Iterable[str]:
+        """The registered entries that this contract holds, such as `scheme normal`."""
+        return ()
+
+    @classmethod
+    def named(cls, name: str, /, **attributes: Any) -> type[Self]:
+        """A subclass from the row of a table; plain functions are taken as they are.
+
+        >>> Contract.named("cosine.uniform", plain=len).__name__
+        'Test_cosine_uniform'
+        """
+        members = {key: _static(value) for key, value in attributes.items()}
+        return type("Test_" + re.sub(r"\W+", "_", name), (cls,), members)
+
+    @classmethod
+    def check(cls) -> None:
+        """Run every check; the first that fails raises `AssertionError`."""
+        for error in cls.failures().values():
+            raise error
+
+    @classmethod
+    def failures(cls) -> dict[str, AssertionError]:
+        """The checks that fail, by name; any other error is raised."""
+        found = {}
+        for name in dir(cls):
+            if name.startswith("test_"):
+                try:
+                    getattr(cls(), name)()
+                except AssertionError as error:
+                    found[name] = error
+        return found
+
+
+def _static(value: Any) -> Any:
+    return staticmethod(value) if isinstance(value, FunctionType) else value
+
+
+def uncovered(kind: type[Contract], contracts: Iterable[type[Contract]]) -> list[str]:
+    """A line for each registered entry of a kind that none of `contracts` covers.
+
+    >>> class Fruit(Contract):
+    ...     @classmethod
+    ...     def registered(cls):
+    ...         return ["fruit pear"]
+    >>> uncovered(Fruit, [])
+    ['expected a contract for fruit pear, got none; subclass nope.contracts.Fruit with its `plain`']
+    """
+    covered = {entry for contract in contracts for entry in contract.covers()}
+    where = f"{kind.__module__}.{kind.__qualname__}"
+    return [
+        f"expected a contract for {entry}, got none; subclass {where} with its `plain`"
+        for entry in kind.registered()
+        if entry not in covered
+    ]
+
+
+def contracts_in(namespace: Mapping[str, Any]) -> list[type[Contract]]:
+    """The contracts of a module that pytest would collect, given its `vars()`."""
+    return [
+        value
+        for name, value in namespace.items()
+        if name.startswith("Test") and isinstance(value, type) and issubclass(value, Contract)
+    ]
+
+
+# ---------------------------------------------------------------------- checks of several kinds
+
+
+def assert_survives(value: object) -> None:
+    """A frozen value equals what its `repr` builds and what a worker process receives of it."""
+    rebuilt = eval(repr(value), dict(_types(value)))
+    for copy in (rebuilt, pickle.loads(pickle.dumps(value))):
+        assert copy == value, f"expected a copy equal to {value!r}, got {copy!r}"
+        assert hash(copy) == hash(value), f"expected the hash of {value!r} to depend on its fields"
+
+
+def _types(value: object) -> Iterator[tuple[str, type]]:
+    """The classes that a `repr` names."""
+    if isinstance(value, tuple):
+        for item in value:
+            yield from _types(item)
+    if is_dataclass(value):
+        yield type(value).__qualname__, type(value)
+        for field in fields(value):
+            yield from _types(getattr(value, field.name))
+
+
+def assert_close(found: Any, expected: Any, rounding: float, what: str) -> None:
+    """Equal up to `rounding` of the largest expected number; infinities and NaNs in place."""
+    found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
+    same = f"expected {what} of shape {expected.shape}, got {found.shape}"
+    assert found.shape == expected.shape, same
+    finite = np.isfinite(expected)
+    assert np.array_equal(found[~finite], expected[~finite], equal_nan=True), what
+    scale = max(np.abs(expected[finite]).max(initial=0.0), np.finfo(float).tiny)
+    gap = np.abs(found[finite] - expected[finite]).max(initial=0.0) / scale
+    assert gap <= rounding, f"expected {what} to {rounding:.0e}, got a gap of {gap:.2g}"
+
+
+def half_width(draws: np.ndarray, error_rate: float = ERROR_RATE) -> np.ndarray:
+    """z standard errors of the mean over the first axis, z for all entries together.
+
+    Bonferroni's: a Gaussian mean leaves it with probability `error_rate` at any entry.
+    """
+    z = NormalDist().inv_cdf(1 - error_rate / 2 / draws[0].size)
+    return np.asarray(z * draws.std(0, ddof=1) / math.sqrt(len(draws)))
+
+
+def distance(count: int, error_rate: float = ERROR_RATE) -> float:
+    """How far an empirical CDF of so many draws may be from its own: Massart's bound (1990)."""
+    return float(np.sqrt(np.log(2 / error_rate) / (2 * count)))
+
+
+# ------------------------------------------------------------------------------- simulations
+
+
+class Simulated(Contract):
+    """A layer alone over random tokens, and the same in NumPy, one draw at a time.
+
+    `layer` is anything with `operations(scope, source)`.  `plain(x, weights)` is given the
+    vectors x_m of one draw, (n_ctx, d_model), and the weights' arrays by path, and returns what
+    is at each of the layer's places: vectors (n_ctx, width), heads side by side, and pairs
+    (n_heads, n_ctx, n_ctx).  Tokens that are rows of a table also need `embed`.
+    """
+
+    layer: ClassVar[Layer] = Sequence(())
+    d_model: ClassVar[int] = 8
+    n_ctx: ClassVar[int] = 5
+    tokens: ClassVar[Tokens] = GaussianTokens(1.0)
+    init: ClassVar[Scheme] = normal(0.4)
+    seed: ClassVar[int] = 0
+
+    def plain(self, x: np.ndarray, weights: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The values by place; x itself is at `embed`."""
+        raise NotImplementedError(f"expected {type(self).__name__} to have a `plain`; write it")
+
+    def embed(self, drawn: np.ndarray, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The vectors x_m of what the tokens' `draw` gave: itself, unless these are ids."""
+        return drawn
+
+    @property
+    def architecture(self) -> Architecture:
+        """The layer with its tokens."""
+        return Architecture(self.d_model, self.n_ctx, self.tokens, self.layer)
+
+    @classmethod
+    def operations(cls) -> tuple[Operation, ...]:
+        """What the layer is made of, the embedding among it."""
+        return Architecture(cls.d_model, cls.n_ctx, cls.tokens, cls.layer).operations
+
+    def draws(self, count: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Pairs of what the tokens' `draw` gives for one input, and all weights."""
+        source = NumpySource(np.random.default_rng(self.seed))
+        network = self.architecture
+        laws = [(w, law_of(self.init, w, network)) for w in network.weights]
+        for _ in range(count):
+            weights = {weight.path: law.draw(source, weight.shape) for weight, law in laws}
+            yield self.tokens.draw(source, 1, self.n_ctx, self.d_model)[0], weights
+
+    def values(
+        self, drawn: np.ndarray, weights: Mapping[str, np.ndarray]
+    ) -> Mapping[str, np.ndarray]:
+        """The plain values of one draw by place, `embed` among them."""
+        x = self.embed(drawn, weights)
+        return {"embed": x, **self.plain(x, weights)}
+
+
+def entries(kind: str, classes: Iterable[type]) -> list[str]:
+    """How classes are registered: `kind` and name, in order; `object` is any dispatch's default."""
+    return sorted(f"{kind} {each.__name__}" for each in classes if each is not object)
+
+
+def defined_in(namespace: Mapping[str, Any], fits: Callable[[type], bool]) -> list[type]:
+    """The frozen dataclasses that a module defines and that fit."""
+    return [
+        value
+        for value in namespace.values()
+        if isinstance(value, type)
+        and is_dataclass(value)
+        and value.__module__ == namespace["__name__"]
+        and fits(value)
+    ]

@@ -1,0 +1,331 @@
+"""Every layer kind, operation and token model: torch modules and kernel rules, held to NumPy.
+
+A simulation is written once, one draw at a time and from the definition.  `LayerContract` holds
+the torch modules to it, to rounding; `KernelContract` the kernel rules and the symmetries, by many
+draws.  What a plugin registers is held by the contracts that it brings.
+"""
+
+import gc
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from scipy import special
+
+import nope
+from nope import plugins
+from nope.operations import Operation
+from nope.testing import LayerContract, contracts_in, uncovered
+from nope.tokens import TextTokens
+from nope.transformer import apply
+from theory.rules import rule_for
+from theory.testing import KernelContract
+
+ACTIVATIONS = {
+    "relu": lambda x: np.maximum(x, 0),
+    "gelu": lambda x: x * special.ndtr(x),
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+    "erf": special.erf,
+    "identity": lambda x: x,
+}
+GATES = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
+
+# ------------------------------------------------------------------------------- simulations
+
+
+def affine(x, weights, prefix, suffix):
+    """x W + b, where there is a b."""
+    return x @ weights[f"{prefix}.W_{suffix}"] + weights.get(f"{prefix}.b_{suffix}", 0.0)
+
+
+def normed(x, kind, eps):
+    """Each row less its mean (of a LayerNorm), over the root of its mean square."""
+    rows = [row - np.mean(row) if kind == "layernorm" else row for row in x]
+    return np.array([row / math.sqrt(sum(row**2) / len(row) + eps) for row in rows])
+
+
+def prefix_means(x):
+    return np.array([x[: m + 1].mean(0) for m in range(len(x))])
+
+
+class LayerNorm:
+    layer = nope.Norm("ln")
+
+    def plain(self, x, weights):
+        return {"ln": normed(x, self.layer.kind, self.layer.eps)}
+
+
+class LayerNormWithEps(LayerNorm):
+    layer = nope.Norm("ln", eps=0.3)
+
+
+class RMSNorm(LayerNorm):
+    layer = nope.Norm("ln", "rmsnorm")
+
+
+class RMSNormWithEps(LayerNorm):
+    layer = nope.Norm("ln", "rmsnorm", eps=0.3)
+
+
+class Attention:
+    """Each query of each head, with a softmax over the keys it sees."""
+
+    layer = nope.Attention(2)
+    init = nope.init.normal(0.25)
+    widest = 0.25  # a logit of a token without a norm and itself: 4/d
+
+    def plain(self, x, weights):
+        q, k, v = (affine(x, weights, "attn", letter) for letter in "QKV")
+        heads = [np.split(part, self.layer.n_heads, axis=1) for part in (q, k)]
+        logits = [a @ b.T / math.sqrt(a.shape[1]) for a, b in zip(*heads, strict=True)]
+        scores = np.array([self.masked(each) for each in logits])
+        pattern = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+        before = {"attn.q": q, "attn.k": k, "attn.v": v, "attn.scores": scores}
+        return before | self.mixed(pattern, v, weights)
+
+    def masked(self, logits):
+        """-inf where the key n is later than the query m."""
+        later = np.array([[n > m for n in range(len(logits))] for m in range(len(logits))])
+        return np.where(later & self.layer.causal, -np.inf, logits)
+
+    def mixed(self, pattern, v, weights):
+        split = np.split(v, self.layer.n_heads, axis=1)
+        z = np.concatenate([a @ head for a, head in zip(pattern, split, strict=True)], axis=1)
+        return {"attn.pattern": pattern, "attn.z": z, "attn_out": affine(z, weights, "attn", "O")}
+
+
+class AttentionWithBiases(Attention):
+    layer = nope.Attention(4, bias=True)
+    init = nope.init.torch_default()
+
+
+class AttentionWithoutAMask(Attention):
+    layer = nope.Attention(2, causal=False)
+    causal = predicted = False
+
+
+class UniformAttention(Attention):
+    layer = nope.Attention(2, "uniform", bias=True)
+
+    def plain(self, x, weights):
+        v = affine(x, weights, "attn", "V")
+        seen = self.masked(np.zeros((len(x), len(x)))) == 0
+        pattern = np.array([seen / seen.sum(1, keepdims=True)] * self.layer.n_heads)
+        return {"attn.v": v} | self.mixed(pattern, v, weights)
+
+
+class UniformAttentionWithoutAMask(UniformAttention):
+    layer = nope.Attention(2, "uniform", causal=False)
+    causal = predicted = False
+
+
+class CausalMean:
+    layer = nope.CausalMean()
+
+    def plain(self, x, weights):
+        return {"mean": prefix_means(x)}
+
+
+class MLP:
+    """Of an activation; `GatedMLP` of a gate."""
+
+    draws_drawn = 4000
+
+    def plain(self, x, weights):
+        return self.hidden(self.layer, x, weights)
+
+    def hidden(self, layer, x, weights):
+        pre = affine(x, weights, "mlp", "in")
+        post = ACTIVATIONS[layer.activation](pre)
+        return {"mlp.pre": pre, "mlp.post": post, "mlp_out": affine(post, weights, "mlp", "out")}
+
+
+class GatedMLP:
+    draws_drawn = 14_000  # products of hidden units have heavy tails
+
+    def plain(self, x, weights):
+        pre, linear = (affine(x, weights, "mlp", suffix) for suffix in ("gate", "in"))
+        gate = ACTIVATIONS[GATES[self.layer.activation]](pre)
+        values = {"mlp.pre": pre, "mlp.pre_linear": linear, "mlp.gate": gate}
+        values["mlp.post"] = gate * linear
+        return values | {"mlp_out": affine(values["mlp.post"], weights, "mlp", "out")}
+
+
+class Residual(MLP):
+    layer = nope.Residual(nope.MLP(11, "tanh"), "sum", 0.5)
+
+    def plain(self, x, weights):
+        values = self.hidden(self.layer.branch, x, weights)
+        return values | {"sum": x + values["mlp_out"] / 2}
+
+
+class Sequence:
+    layer = nope.Sequence((nope.CausalMean("one"), nope.CausalMean("two")), "twice")
+
+    def plain(self, x, weights):
+        one = prefix_means(x)
+        return {"twice.one": one, "twice.two": prefix_means(one)}
+
+
+class GaussianTokens:
+    """Tokens alone, of no layer: what their draw stands for."""
+
+    tokens = nope.GaussianTokens(0.5)
+
+    def plain(self, x, weights):
+        return {}
+
+
+class EmbeddingTokens(GaussianTokens):
+    tokens = nope.EmbeddingTokens(7, 0.5, exponent=1.0)
+
+    def embed(self, drawn, weights):
+        return np.array([weights["embed.W_E"][token] for token in drawn])
+
+
+class Text(EmbeddingTokens):
+    tokens = TextTokens()
+
+
+class TokensAfterABos(GaussianTokens):
+    tokens = nope.WithBos(nope.EmbeddingTokens(7))
+
+    def embed(self, drawn, weights):
+        rows = [weights["embed.W_E"][token] for token in drawn]
+        return np.array([weights["embed.bos"][0], *rows])
+
+
+def of_activation(base, name):
+    return type(f"MLP_{name}", (base,), {"layer": nope.MLP(11, name, bias=name == "gelu")})
+
+
+SIMULATIONS = [
+    LayerNorm,
+    LayerNormWithEps,
+    RMSNorm,
+    RMSNormWithEps,
+    Attention,
+    AttentionWithBiases,
+    AttentionWithoutAMask,
+    UniformAttention,
+    UniformAttentionWithoutAMask,
+    CausalMean,
+    *(of_activation(MLP, name) for name in ACTIVATIONS),
+    *(of_activation(GatedMLP, name) for name in GATES),
+    Residual,
+    Sequence,
+    GaussianTokens,
+    EmbeddingTokens,
+    Text,
+    TokensAfterABos,
+]
+for simulation in SIMULATIONS:
+    for kind in (LayerContract, KernelContract):
+        name = f"Test{simulation.__name__}{kind.__name__}"
+        globals()[name] = type(name, (simulation, kind), {})
+
+# ---------------------------------------------------------------------------- the registries
+
+CONTRACTS = [*contracts_in(globals()), *plugins.contracts()]
+
+
+@pytest.mark.parametrize("kind", [LayerContract, KernelContract])
+def test_everything_registered_has_a_contract(kind):
+    """Layers, tokens, operations, their kernel rules and symmetries, of plugins too."""
+    assert len(list(kind.registered())) > 10
+    assert uncovered(kind, CONTRACTS) == []
+
+
+@dataclass(frozen=True)
+class Triple(Operation):
+    """An operation without a contract."""
+
+
+def test_an_operation_without_a_contract_is_named(monkeypatch):
+    """The suite fails with the name and what to do, for each registry that it is in."""
+    for dispatched, kind, entry in (
+        (apply, LayerContract, "operation Triple"),
+        (rule_for, KernelContract, "kernel rule of Triple"),
+    ):
+        (registry,) = gc.get_referents(dispatched.registry)  # the dictionary behind the proxy
+        monkeypatch.setitem(registry, Triple, lambda *arguments: None)
+        assert uncovered(kind, CONTRACTS) == [
+            f"expected a contract for {entry}, got none; subclass "
+            f"{kind.__module__}.{kind.__name__} with its `plain`"
+        ]
+
+
+# ---------------------------------------------------------------------- contracts notice errors
+
+
+class Scaled(UniformAttention):
+    """One of its places is off."""
+
+    factor = 1.0
+
+    def plain(self, x, weights):
+        values = super().plain(x, weights)
+        return values | {"attn.z": self.factor * values["attn.z"]}
+
+
+@dataclass(frozen=True)
+class Unfaithful(nope.CausalMean):
+    """A layer whose name is not what its repr says."""
+
+    def __repr__(self):
+        return "Unfaithful('other')"
+
+
+@dataclass(frozen=True)
+class NoRule(nope.CausalMean):
+    """A layer of an operation that has no torch module."""
+
+    def operations(self, scope, source):
+        yield Triple(scope.place("mean"), (source,))
+
+
+def held(kind, *simulations, **attributes):
+    return type("Held", (*simulations, kind), attributes)
+
+
+PLACE, LATER = (
+    "test_every_place_is_the_plain_one",
+    "test_later_positions_are_seen_only_without_a_mask",
+)
+
+
+@pytest.mark.parametrize(
+    ("contract", "caught"),
+    [
+        (held(LayerContract, Scaled), set()),
+        (held(LayerContract, Scaled, factor=1 + 1e-9), {PLACE}),
+        (held(LayerContract, UniformAttentionWithoutAMask, causal=True), {LATER}),
+        (held(LayerContract, CausalMean, causal=False), {LATER}),
+        (held(LayerContract, CausalMean, layer=Unfaithful()),
+         {"test_the_layer_survives_repr_and_pickle"}),
+        (held(LayerContract, MLP, layer=nope.CausalMean(), plain=lambda *_: {}),
+         {"test_plain_gives_every_place"}),
+        (held(KernelContract, CausalMean, plain=lambda self, x, w: {"mean": 1.1 * prefix_means(x)}),
+         {"test_kernels_are_those_of_the_simulation"}),
+        (held(KernelContract, CausalMean, plain=lambda self, x, w: {"mean": x.cumsum(0)}),
+         {"test_kernels_are_those_of_the_simulation",
+          "test_symmetries_are_those_of_the_simulation", "test_the_simulation_can_tell"}),
+        (held(KernelContract, CausalMean, predicted=False), {"test_the_output_has_a_kernel"}),
+    ],
+)  # fmt: skip
+def test_a_contract_fails_in_the_check_that_is_about_it(contract, caught):
+    assert set(contract.failures()) == caught
+
+
+def test_check_runs_without_pytest():
+    """`check` runs every inherited check and raises what the first failure raises."""
+    held(LayerContract, RMSNorm).check()
+    with pytest.raises(AssertionError, match=r"expected attn\.z"):
+        held(LayerContract, Scaled, factor=2.0).check()
+    with pytest.raises(NotImplementedError, match="to have a `plain`"):
+        LayerContract.check()
+    with pytest.raises(NotImplementedError, match="no torch layer for Triple"):
+        held(LayerContract, CausalMean, layer=NoRule()).check()
