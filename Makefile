@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: verify test check format report bench bench-peers clean
+.PHONY: verify test planted check format report bench bench-peers clean
 
 verify: $(READY)  ## hold every claim of the papers against real layers, GPT-2 small's sizes
 	$(BIN)/nope verify --out runs/default
@@ -17,6 +17,9 @@ runs/default/run.json:
 
 test: $(READY)  ## the tests, on every core
 	$(BIN)/pytest -n auto --dist worksteal -q
+
+planted: $(READY)  ## plant every error of tests/planted/catalogue.py: each must be caught
+	$(BIN)/python -m tests.planted
 
 bench: $(READY)  ## speed and memory, each against a baseline in the same run
 	$(BIN)/python -m benchmarks.theory

@@ -148,7 +148,8 @@ class Claim:
         """CONFIRMED or REFUTED where the best theory decides it, else None.
 
         Inside the band by more than its own remainder everywhere: CONFIRMED.  Outside by more
-        than its remainder somewhere: REFUTED.
+        than its remainder somewhere: REFUTED, unless the claim is held to be exact: then two
+        theories disagree, and a refutation is a surprise.
         """
         if self.expected is None:
             return None
@@ -157,7 +158,9 @@ class Claim:
             best, remainder = self.relation.predicted(question, self.expected(question))
         judged = region.statistic.judged
         values, slack, low, high = (x[judged] for x in (best, remainder, region.low, region.high))
-        return verdict(decided(values, slack, low, high))
+        found = verdict(decided(values, slack, low, high))
+        exact = self.status == Status.EXACT
+        return "CONFIRMED" if exact and found == "REFUTED" else found
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ class Traits:
     zero mean.  `repeated`: the tokens of which equal ones are equal vectors here, distinct ones
     independent given the ids.  `centred`: a LayerNorm took one dimension; `partly_centred`: from
     one part of a sum.
+    `fresh`: odd in weights that nothing before it reads, and so uncorrelated with all of that.
     `isotropic`: coordinates i.i.d. Gaussian.  `kurtosis` of a coordinate and `norm_kurtosis`
     E|x|^4/(E|x|^2)^2 are exact at every position m, or None where no closed form is known; one
     that holds for some weights only is in symbols of `theory.symbols.UNKNOWN`, which cancel for
@@ -57,6 +58,7 @@ class Traits:
     repeated: Tokens | None = None
     centred: bool = False
     partly_centred: bool = False
+    fresh: bool = False
     isotropic: bool = False
     kurtosis: sp.Expr | None = None
     norm_kurtosis: sp.Expr | None = None

@@ -379,7 +379,6 @@ class _Predictor:
         value, remainder = adjacency_score(asked.architecture.n_ctx, width, variant)
         return value, remainder + float(self.values.remainder.max())
 
-
     def _is_prefix_mean(self) -> bool:
         """Whether Max(m, n) K(m, n) is the same at all pairs of positions."""
         pairs = replace(self.question, observable="kernel")

@@ -249,13 +249,25 @@ def test_kurtosis_of_a_map_of_raw_tokens_by_the_three_point_rule(width):
 
 def test_residual_by_enumerating_the_branch_weights():
     """E <x + Wz, x' + Wz'>/d over every sign matrix W is K_x + K_branch."""
-    rule = rule_for(Add("sum", ("x", "b")), {"x": Traits(), "b": Traits()}, "uniform")
+    rule = rule_for(Add("sum", ("x", "b")), {"x": Traits(), "b": Traits(fresh=True)}, "uniform")
     stream, inner = sp.Matrix([[1, 2], [3, -1]]), sp.Matrix([[4, 1], [-2, 3]])
     maps = [sp.Matrix(2, 2, signs) for signs in product(SIGNS, repeat=4)]
     branch = sum((gram(inner * W) for W in maps), sp.zeros(2, 2)) / len(maps)
     expected = sum((gram(stream + inner * W) for W in maps), sp.zeros(2, 2)) / len(maps)
     for left, right in pairs(2):
         assert entry(rule, left, right, gram(stream), branch) == expected[left - 1, right - 1]
+
+
+@pytest.mark.parametrize(
+    "branch", [nope.CausalMean(), nope.Norm("ln"), nope.Residual(nope.Norm("ln"), "inner")]
+)
+def test_a_branch_without_weights_of_its_own_is_refused(branch):
+    """It is correlated with the stream: a mean of unit tokens makes (1 + 1/4)^2 of 1, not 17/16."""
+    body = nope.Residual(branch, "sum", 0.25)
+    architecture = nope.Architecture(16, 3, nope.GaussianTokens(1.0), body)
+    asked = nope.Question(architecture, nope.init.normal(1.0), "sum", "second_moment")
+    with pytest.raises(NotImplementedError, match="odd in weights of its own"):
+        theory.predict(asked)
 
 
 def uniform_layer_moments(length):

@@ -108,7 +108,8 @@ def dimensions(x: Traits) -> sp.Expr:
 
 def after(operation: Mix, traits: Mapping[str, Traits]) -> Traits:
     """What is left to know of a place once its positions are mixed."""
-    return Traits(maps=traits[operation.inputs[1]].maps)
+    values = traits[operation.inputs[1]]
+    return Traits(maps=values.maps, fresh=values.fresh)
 
 
 def uniform_pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
@@ -186,7 +187,8 @@ def _(operation: Uniform, traits: Mapping[str, Traits], fidelity: Fidelity) -> R
 def _(operation: Average, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
     """The prefix mean of the input's kernel."""
     before = traits[operation.inputs[0]]
-    left = Traits(maps=before.maps, isotropic=before.isotropic and not before.repeated)
+    alone = before.isotropic and not before.repeated
+    left = Traits(maps=before.maps, fresh=before.fresh, isotropic=alone)
     if before.isotropic and before.independent:
         left = replace(left, kurtosis=before.kurtosis, norm_kurtosis=before.norm_kurtosis)
     return prefix_mean("causal mean", operation.inputs, left, ZERO)

@@ -78,6 +78,7 @@ def _(operation: Linear, traits: Mapping[str, Traits], fidelity: Fidelity) -> Ru
         traits=Traits(
             maps=before.maps + 1,
             slack=_slack(before, expression),
+            fresh=True,
             independent=before.independent and operation.bias is None,
             repeated=before.repeated,
             centred=before.centred,

@@ -62,6 +62,7 @@ def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) ->
             repeated=before.repeated,
             slack=(1 - K(m, m)) ** 2 if operation.eps else ZERO,
             centred=centring,
+            fresh=before.fresh,
             kurtosis=kurtosis,
             norm_kurtosis=None if operation.eps else sp.Integer(1),
         ),

@@ -16,6 +16,7 @@ from theory.symbols import d, m, maps, n
 def _(operation: Add, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
     """K_y = K_x + scale^2 K_branch: the branch ends in zero-mean weights of its own."""
     stream, branch = (traits[name] for name in operation.inputs)
+    _require_fresh(branch, operation.inputs[1], "a branch", operation.place)
     return Rule(
         name="residual sum",
         statement="Stream and branch are uncorrelated: their kernels add.",
@@ -27,6 +28,15 @@ def _(operation: Add, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
         traits=Traits(maps=max(stream.maps, branch.maps), partly_centred=stream.centred),
         fluctuates=partial(_adds, operation.scale**2),
     )
+
+
+def _require_fresh(traits: Traits, place: str, what: str, at: str) -> None:
+    """Refuse what may be correlated with the other input: no kernel says how."""
+    if not traits.fresh:
+        raise NotImplementedError(
+            f"expected {what} that is odd in weights of its own (a linear map, or attention), got "
+            f"{place} at {at}; end it in one, or measure it with montecarlo.measure"
+        )
 
 
 def _adds(gain: float, passage: Passage) -> tuple[Fluctuation, None]:
@@ -44,6 +54,7 @@ def _(operation: Multiply, traits: Mapping[str, Traits], fidelity: Fidelity) -> 
     the factors: (1 - rho^2)^2 maps/d between correlations; the norm's part is gone after a norm.
     """
     gate, linear = (traits[name] for name in operation.inputs)
+    _require_fresh(linear, operation.inputs[1], "a second factor", operation.place)
     rho = J(m, n) / sp.sqrt(J(m, m) * J(n, n))
     shared = (1 - rho**2) ** 2 if linear.slack == 0 else 2
     return Rule(
@@ -54,7 +65,7 @@ def _(operation: Multiply, traits: Mapping[str, Traits], fidelity: Fidelity) -> 
         assumption="W_gate and W_in independent; the input's empirical kernel near its mean",
         source="derived here, for the units of Shazeer 2020",
         remainder=shared * (maps - 1) / d,
-        traits=Traits(maps=max(gate.maps, linear.maps)),
+        traits=Traits(maps=max(gate.maps, linear.maps), fresh=True),
         fluctuates=_multiplies,
     )
 

@@ -99,7 +99,7 @@ def _general(operation: Mix, traits: Mapping[str, Traits], name: str, how: Treat
         assumption="logits Gaussian given the tokens; the empirical kernel near its mean",
         source="derived here by Wick's theorem",
         remainder=(Q(m, m) * J(m, m)) ** 2,
-        traits=Traits(maps=traits[values].maps),
+        traits=Traits(maps=traits[values].maps, fresh=traits[values].fresh),
         algorithm=partial(_move, how, traits[values]),
     )
 
@@ -155,7 +155,7 @@ def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
         assumption="independent Gaussian tokens",
         source="derived here",
         remainder=(1 - near) * outputs.overlap_remainder(*given) / size + own_key + shapes,
-        traits=Traits(maps=before.maps),
+        traits=Traits(maps=before.maps, fresh=before.fresh),
         excess=(1 - near) * outputs.excess(*given),
     )
 

@@ -76,6 +76,7 @@ def _(operation: Rescale, traits: Mapping[str, Traits], fidelity: Fidelity) -> R
             independent=before.independent,
             repeated=before.repeated,
             centred=before.centred,
+            fresh=before.fresh,
             isotropic=before.isotropic,
             kurtosis=before.kurtosis,
             norm_kurtosis=before.norm_kurtosis,
