@@ -337,7 +337,7 @@ def _(m, s, d_h):
     return of_head(MEANS["participation"], m, s, d_h)
 
 
-@held("attention.participation_expansion", points=grid(m=[2, 4], s=[0.1, 0.3]))
+@held("attention.participation_expansion", points=grid(m=[2, 3, 4], s=[0.1, 0.3]))
 def _(m, s):
     return softmax_mean(MEANS["participation"], m, s)
 

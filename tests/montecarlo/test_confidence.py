@@ -109,6 +109,12 @@ def test_bounded_draws_are_never_missed_more_often_than_stated(name):
         assert chance(misses, rate) >= LEVEL
 
 
+@pytest.mark.parametrize(("draws", "z"), [(2, 2.0), (64, 4.5), (1000, 6.0)])
+def test_students_quantile_has_the_gaussians_tail(draws, z):
+    """Of n draws it has n - 1 degrees of freedom."""
+    assert confidence.student(draws, z) == pytest.approx(stats.t.isf(stats.norm.sf(z), draws - 1))
+
+
 def student(draws, mean, variance, skewness, rate):
     """Student's interval at one look."""
     return stats.t.isf(rate / 2, draws - 1) * np.sqrt(variance / draws)

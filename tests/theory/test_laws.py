@@ -137,6 +137,14 @@ def levels_without_atom(name):
     return levels[(levels < 0.25) | (levels > 0.75)] if name == "reglu" else levels
 
 
+@pytest.mark.parametrize("level", [1e-8, 1e-12, 1e-300])
+def test_a_quantile_at_the_end_of_the_support_is_the_end(named, level):
+    """Where levels are finer than the end is known, no more is claimed, and nothing raised."""
+    name, found = named
+    assert found.support()[0] <= found.ppf(level) <= found.ppf(1e-6)
+    assert name in ATOM or found.cdf(found.ppf(level)) <= 1e-6
+
+
 def test_quantiles_invert_the_distribution_function(named):
     """F(F^-1(q)) = q from 1e-6 to 1 - 1e-6, and 1 - F is the sf."""
     name, found = named

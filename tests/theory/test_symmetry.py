@@ -244,7 +244,7 @@ def claim(question, **changes):
     """That the transformation changes nothing."""
     name = f"user.{question.observable}.{len(question.architecture.operations)}"
     options = {"relation": Identical(), "expected": best, **changes}
-    return theory.Claim(name, "Nothing changes.", "a test", "exact", question, 0.0, **options)
+    return theory.Claim(name, "Nothing changes.", "a test", "printed", question, 0.0, **options)
 
 
 CLAIMS = {

@@ -146,6 +146,10 @@ OUTPUT = r"\mathbb{E}|o_m|^2/d"
 def formulas() -> Iterator[Formula]:
     """The participation, the output's second moment and its breakdown, to leading order."""
     A, B, B_off = (kind(m, s) for kind in (Participation, Tilt, SharedTilt))
+
+    def term(order: int) -> sp.Expr:
+        return sp.factor(participation_expansion(order) - participation_expansion(order - 1))
+
     yield Formula(
         "attention.participation_expansion",
         participation_expansion(2),
@@ -153,7 +157,7 @@ def formulas() -> Iterator[Formula]:
         Status.LEADING_ORDER,
         GAUSSIAN_LOGITS,
         SOFTMAX_SQUARES,
-        remainder=sp.Abs(sp.factor(participation_expansion(3) - participation_expansion(2))),
+        remainder=sum(sp.Abs(term(k)) for k in (3, 4)),  # near m = 3.4 the first of them is 0
     )
     yield Formula(
         "attention.output_second_moment",

@@ -75,6 +75,8 @@ class Transformed(Parametrised):
         def excess(y: float) -> float:
             return float(self._cdf(np.array([y]))[0] - q)
 
+        if excess(low) >= 0:
+            return low  # nearer to the end of the support than that is known
         return float(brentq(excess, low, 0.0, xtol=1e-300, maxiter=2000))
 
     def _munp(self, n: int) -> float:

@@ -18,6 +18,8 @@ import numpy as np
 
 from theory.formulas.mehler import half_line
 
+LARGEST_VARIANCE = 1e4
+"""Relative, of a variance that is fitted by two moments."""
 NEGLIGIBLE = 1e-12
 """Remainders below this are rounding, not something dropped."""
 
@@ -167,9 +169,17 @@ def chi_square(freedom: float) -> RandomVariance:
 
 
 def matched(mean: float, relative_variance: float) -> RandomVariance:
-    """The multiple of a chi-square with this mean and relative variance, nu = 2/variance."""
+    """The multiple of a chi-square with this mean and relative variance, nu = 2/variance.
+
+    Raises `NotImplementedError` above `LARGEST_VARIANCE`, where values span thousands of orders.
+    """
     if relative_variance < NEGLIGIBLE:
         return constant(mean)
+    if not relative_variance <= LARGEST_VARIANCE:
+        raise NotImplementedError(
+            f"expected a relative variance of |x|^2 of at most {LARGEST_VARIANCE:g}, got "
+            f"{relative_variance:.3g}; give the stack norms, or smaller weights"
+        )
     return chi_square(2 / relative_variance).scaled(mean)
 
 
