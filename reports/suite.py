@@ -24,7 +24,8 @@ import sympy as sp
 from montecarlo import Campaign, Conditions, Decision, Target, exponent
 from montecarlo.campaign import require_limits
 from montecarlo.decide import require_rate
-from montecarlo.engines import device_of
+from montecarlo.engines import device_of, ready
+from montecarlo.engines import engine as engine_of
 from montecarlo.estimators import Asked, Integrated, best
 from montecarlo.plan import detectable, more_draws
 from montecarlo.store import opened
@@ -193,14 +194,17 @@ def verify(
     require_rate(error_rate)
     if budget is None and draws is None:
         budget = BUDGET
-    cases = cases_of(chosen, tolerance)
-    targets = targets_of(cases, error_rate, plain)
-    judged = [case for case in cases if case.region is not None]
-    errors: dict[Asked, Exception] = {}
-    with opened(out) as store, _derived_aside(judged):
-        told = partial(note, errors)
-        campaign = Campaign(targets, conditions, draws, budget, stop, progress, store, told)
-        decisions = dict(zip(judged, campaign.run(workers, engine=engine), strict=True))
+    with ready(engine_of(engine, workers, conditions.device)) as started:
+        cases = cases_of(chosen, tolerance)
+        targets = targets_of(cases, error_rate, plain)
+        judged = [case for case in cases if case.region is not None]
+        errors: dict[Asked, Exception] = {}
+        with opened(out) as store, _derived_aside(judged):
+            told = partial(note, errors)
+            campaign = Campaign(targets, conditions, draws, budget, stop, progress, store, told)
+            decisions = dict(
+                zip(judged, campaign.run(workers, engine=engine, started=started), strict=True)
+            )
     ended = "interrupted" if stop() else "a worker died" if campaign.broken else "stopped"
     failed = {c: errors[d.target.asked] for c, d in decisions.items() if d.target.asked in errors}
     verdicts = tuple(_verdict(c, decisions.get(c), failed.get(c), ended) for c in cases)

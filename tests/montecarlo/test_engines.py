@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -395,3 +395,22 @@ def test_a_cluster_without_dask_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ImportError, match=r"pip install 'nope-theory\[cluster\]'"):
         asked().run(engine="tcp://127.0.0.1:1")
+
+
+def test_a_ready_engine_is_started_at_once_and_anew_when_it_is_lost():
+    """Its first use takes what is there; all has ended with the context."""
+    begun, ended = [], []
+
+    @contextmanager
+    def start():
+        number = len(begun)
+        begun.append(number)
+        yield number
+        ended.append(number)
+
+    with engines.ready(start) as again:
+        assert begun == [0]
+        with again() as first, again() as second:
+            assert (first, second) == (0, 1)
+        assert ended == [1]
+    assert ended == [1, 0]
