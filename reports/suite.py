@@ -9,9 +9,8 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -199,7 +198,7 @@ def verify(
         targets = targets_of(cases, error_rate, plain)
         judged = [case for case in cases if case.region is not None]
         errors: dict[Asked, Exception] = {}
-        with opened(out) as store, _derived_aside(judged):
+        with opened(out) as store:
             told = partial(note, errors)
             campaign = Campaign(targets, conditions, draws, budget, stop, progress, store, told)
             decisions = dict(
@@ -235,20 +234,6 @@ def verify(
     if out is not None:
         run.save(out)
     return run
-
-
-@contextmanager
-def _derived_aside(cases: Iterable[Case]) -> Iterator[None]:
-    """Derivations are worked out while others draw: they are kept (`theory.derive`), and found
-    there when verdicts are written."""
-    aside = ThreadPoolExecutor(1)
-    try:
-        for case in cases:
-            aside.submit(_derivation, case.question)
-            aside.submit(lambda of: of.claim.predict(of.question).formula, case)
-        yield
-    finally:
-        aside.shutdown(cancel_futures=True)
 
 
 def note(errors: dict[Asked, Exception], asked: Asked, error: Exception) -> None:
