@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: verify test planted check format report bench bench-peers clean
+.PHONY: verify test test-nightly planted check format report bench bench-peers clean
 
 verify: $(READY)  ## hold every claim of the papers against real layers, GPT-2 small's sizes
 	$(BIN)/nope verify --out runs/default
@@ -20,6 +20,9 @@ test: $(READY)  ## the tests, on every core
 
 planted: $(READY)  ## plant every error of tests/planted/catalogue.py: each must be caught
 	$(BIN)/python -m tests.planted
+
+test-nightly: $(READY)  ## thousands of drawn architectures, theory against layers; hours
+	$(BIN)/pytest tests/properties --hypothesis-profile=nightly -n auto --dist worksteal -q -rP
 
 bench: $(READY)  ## speed and memory, each against a baseline in the same run
 	$(BIN)/python -m benchmarks.theory

@@ -1,4 +1,7 @@
-"""One thread, no luck and no cache: every test computes the same numbers on every run."""
+"""One thread, no luck and no cache: every test computes the same numbers on every run.
+
+The Hypothesis profile `nightly` draws other examples each time, and many more.
+"""
 
 import os
 
@@ -7,5 +10,6 @@ from hypothesis import settings
 
 os.environ["NOPE_CACHE_DIR"] = ""
 torch.set_num_threads(1)
-settings.register_profile("default", derandomize=True, deadline=None, max_examples=40)
-settings.load_profile("default")
+settings.register_profile("fast", derandomize=True, deadline=None, max_examples=40)
+settings.register_profile("nightly", deadline=None, max_examples=300, print_blob=True)
+settings.load_profile("fast")  # `pytest --hypothesis-profile=nightly` loads the other afterwards
