@@ -189,7 +189,7 @@ class Mixing:
 
     @cached_property
     def loose_table(self) -> Tabulated:
-        """The same where norms do not fluctuate either."""
+        """Of keys whose norms may; without that it is the wide one, which layers share."""
         return self.table if self.slack else self.wide_table
 
     @cached_property

@@ -215,11 +215,16 @@ def _participate(
     variance = np.diagonal(queries) * np.maximum(Prefixed(keys).spread, 0.0)
     count = np.arange(1.0, n_ctx + 1)
     value = grown.numbers(count, variance, symbols)
-    beyond = _numbers(
-        lost(VARIANCE, VALUE, SLACK), {**symbols, "m": count, "s2": variance, "f": value}
-    )
-    relative = beyond + np.diagonal(dropped) / np.diagonal(queries)
-    return _same_for_all_keys(value / count**2, relative)
+    known = {**symbols, "m": count, "s2": variance, "f": value}
+    return _same_for_all_keys(value / count**2, _relative_error(lost, known, dropped, queries))
+
+
+def _relative_error(
+    lost: Lost, known: Mapping[str, Any], dropped: np.ndarray, queries: np.ndarray
+) -> np.ndarray:
+    """Of each row: of the participation itself, and of the queries."""
+    own = _numbers(lost(VARIANCE, VALUE, SLACK), known)
+    return np.asarray(own + np.diagonal(dropped) / np.diagonal(queries))
 
 
 def _participate_copies(
@@ -235,9 +240,9 @@ def _participate_copies(
     found = repetition.Repetition(before.repeated, _mixing(before, (keys, keys, queries), symbols))
     value, error = found.participation
     count = np.arange(1.0, n_ctx + 1)
-    known = {"m": count, "s2": np.full(n_ctx, found.attention.variance), "f": count * value}
-    relative = error / value + _numbers(lost(VARIANCE, VALUE, SLACK), {**symbols, **known})
-    relative += np.diagonal(dropped) / np.diagonal(queries)
+    variance = np.full(n_ctx, found.attention.variance)
+    known = {**symbols, "m": count, "s2": variance, "f": count * value}
+    relative = error / value + _relative_error(lost, known, dropped, queries)
     return _same_for_all_keys(value / count, relative)
 
 
