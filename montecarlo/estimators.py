@@ -51,8 +51,8 @@ from nope.transformer import Product
 
 LINEAR_IN_KERNELS = ("second_moment", "mean_second_moment", "kernel")
 """Observables whose mean is linear in the mean of <x_m, x_n>."""
-TILE = 128
-"""Rows of a pattern that are multiplied at a time, so that a causal one's zeros are skipped."""
+TILE = 64
+"""Rows of a pattern, and columns of a kernel, that are multiplied at a time, to skip zeros."""
 
 PLAIN = "plain"
 
@@ -292,16 +292,29 @@ def quadratic(
     K: Float[Tensor, "draws keys keys"],
     causal: bool,
 ) -> Float[Tensor, "draws queries"]:
-    """The mean over heads of a_m K a_m', tile by tile; keys after a causal tile are not read."""
+    """The mean over heads of a_m K a_m' = 2 a_m T a_m', tile by tile.
+
+    T is the lower triangle of K with half its diagonal; keys after a causal tile are not read.
+    """
     draws, heads, length, _ = a.shape
+    half = K.tril()
+    half.diagonal(dim1=1, dim2=2).mul_(0.5)
     tiles = []
     for start in range(0, length, TILE):
         stop = min(start + TILE, length)
         keys = stop if causal else length
-        tile = a[:, :, start:stop, :keys].reshape(draws, -1, keys)
-        product = torch.bmm(tile, K[:, :keys, :keys]).mul_(tile).sum(-1)
-        tiles.append(product.view(draws, heads, -1).mean(1))
+        rows = a[:, :, start:stop, :keys].reshape(draws, -1, keys)
+        forms = [_form(rows, half, at, min(at + TILE, keys)) for at in range(0, keys, TILE)]
+        tiles.append(2 * torch.stack(forms).sum(0).view(draws, heads, -1).mean(1))
     return torch.cat(tiles, 1)
+
+
+def _form(
+    rows: Float[Tensor, "draws m keys"], half: Float[Tensor, "draws n n"], start: int, stop: int
+) -> Float[Tensor, "draws m"]:
+    """The part of a T a' that has these columns of T, which is 0 above them."""
+    columns = half[:, start : rows.shape[-1], start:stop]
+    return torch.bmm(rows[:, :, start:], columns).mul_(rows[:, :, start:stop]).sum(-1)
 
 
 def bilinear(a: Tensor, K: Tensor, grid: Tensor) -> Float[Tensor, "draws grid grid"]:

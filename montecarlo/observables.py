@@ -133,7 +133,7 @@ def score_triples(x: Tensor, question: Question) -> Tensor:
     """Share of j < k < i with C_ij < C_ik, strictly."""
     length = x.shape[-2] if x.ndim == 3 else x.shape[2]
     units = normalised(vectors(x))
-    found = torch.stack([ascents(gram(draw[None])[0]) for draw in units])
+    found = torch.stack([ascents(draw) for draw in units])
     return _share(found, length * (length - 1) * (length - 2) / 6, units)
 
 
@@ -141,16 +141,18 @@ GROUP = 128
 """Rows whose ascents are counted together."""
 
 
-def ascents(rows: Float[Tensor, "n n"]) -> Tensor:
-    """The number of pairs j < k < i with rows[i, j] < rows[i, k], by merge counting.
+def ascents(x: Float[Tensor, "n d"]) -> Tensor:
+    """The number of triples j < k < i with <x_i, x_j> < <x_i, x_k>, by merge counting.
 
-    Columns from the diagonal on are set to -inf, where they are never above anything; rows are
-    taken in groups, whose last has the fewest of these.
+    Rows i are taken in groups, with the columns that come before the last of them; those from the
+    diagonal on are -inf, where they are never above anything.
     """
-    below = torch.ones_like(rows, dtype=torch.bool).tril(-1)
-    values = torch.where(below, rows, -torch.inf)
-    groups = [values[at : at + GROUP, : at + GROUP] for at in range(0, len(rows), GROUP)]
-    return torch.stack([_ascents(group) for group in groups]).sum()
+    counts = []
+    for start in range(0, len(x), GROUP):
+        products = x[start : start + GROUP] @ x[: start + GROUP].T
+        above = torch.ones_like(products, dtype=torch.bool).triu(start)
+        counts.append(_ascents(products.masked_fill_(above, -torch.inf)))
+    return torch.stack(counts).sum()
 
 
 def _ascents(rows: Float[Tensor, "m n"]) -> Tensor:

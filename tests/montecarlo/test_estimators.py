@@ -180,7 +180,7 @@ def test_what_cannot_be_integrated_is_measured_plain(question):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("length", [3, 128, 300])
+@pytest.mark.parametrize("length", [1, 3, 128, 300])
 def test_quadratic_forms_are_those_of_einsum(length, causal):
     a = torch.rand(2, 3, length, length, dtype=torch.float64, generator=torch.manual_seed(1))
     a = a.tril() if causal else a
