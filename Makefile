@@ -22,7 +22,8 @@ planted: $(READY)  ## plant every error of tests/planted/catalogue.py: each must
 	$(BIN)/python -m tests.planted
 
 test-nightly: $(READY)  ## thousands of drawn architectures, theory against layers; hours
-	$(BIN)/pytest tests/properties --hypothesis-profile=nightly -n auto --dist worksteal -q -rP
+	$(BIN)/pytest tests/properties --hypothesis-profile=nightly -n auto --dist worksteal -q -rP \
+		-o faulthandler_timeout=0
 
 bench: $(READY)  ## speed and memory, each against a baseline in the same run
 	$(BIN)/python -m benchmarks.theory

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from montecarlo import confidence, engines, memory, sampler
-from montecarlo.engines import Engine, Running
+from montecarlo.engines import Ahead, Engine, Running
 from montecarlo.estimators import Asked, question_of
 from montecarlo.evidence import Decision, Measurement, Target
 from montecarlo.moments import Moments
@@ -155,7 +155,11 @@ class _Part(NamedTuple):
 
     number: int
     known: Mapping[Asked, Moments]
-    missing: Sequence[Asked]
+    missing: tuple[Asked, ...]
+
+
+_Task = tuple[tuple[int, tuple[Asked, ...]], ...]
+"""Numbers of blocks, and the questions that each is computed for."""
 
 
 class _Answer(NamedTuple):
@@ -172,12 +176,7 @@ class _Answer(NamedTuple):
 _ALONE = threading.Lock()
 
 
-def _computed_blocks(
-    group: Group,
-    asked: Sequence[tuple[int, Sequence[Asked]]],
-    conditions: Conditions,
-    origin: Origin,
-) -> _Answer:
+def _computed_blocks(group: Group, asked: _Task, conditions: Conditions, origin: Origin) -> _Answer:
     """Blocks and what is asked of each; several are computed side by side on a GPU.
 
     Workers whose bits would be others refuse.  Threads of one process take turns, since the
@@ -195,9 +194,7 @@ def _computed_blocks(
         return _Answer(found, seconds, fitting)
 
 
-def _side_by_side(
-    group: Group, asked: Sequence[tuple[int, Sequence[Asked]]], conditions: Conditions
-) -> list[list[Found] | None]:
+def _side_by_side(group: Group, asked: _Task, conditions: Conditions) -> list[list[Found] | None]:
     """The blocks, each in a thread; within `one_thread` those of the threads change nothing."""
     if len(asked) == 1:
         ((index, questions),) = asked
@@ -253,6 +250,28 @@ class _Flight:
 
 
 Flying = dict[Future[_Answer], _Flight]
+
+
+def begin(
+    ahead: Ahead, together: int | None, asked: Iterable[Asked], conditions: Conditions
+) -> None:
+    """Send off the blocks of the first look, before it is known what they are held against.
+
+    `asked` in the order in which a campaign will have their targets; `together` is `at_once`.
+    Nothing is begun where it would be computed here and now, nor on a cluster, whose kind of
+    workers is not known.  Raises `MemoryError` as `Campaign.run` does.
+    """
+    if together in (None, 1):
+        return
+    groups: dict[Group, list[Asked]] = {}
+    for each in dict.fromkeys(asked):
+        groups.setdefault(Group.of(question_of(each), conditions), []).append(each)
+    memory.require_memory(groups, conditions, together)
+    origin = Origin.here(conditions.device)
+    for group, questions in groups.items():
+        for number in range(-(-confidence.FIRST_LOOK // group.block_size)):
+            task = ((number, tuple(questions)),)
+            ahead.begin(_computed_blocks, group, task, conditions, origin)
 
 
 def _raise(asked: Asked, error: Exception) -> None:
@@ -403,7 +422,7 @@ class Campaign:
         while len(parts) < stream.width and not stream.exhausted:
             parts.append(self._part(stream))
         heappush(self._turns, stream.turn)
-        asked = [(part.number, part.missing) for part in parts]
+        asked = tuple((part.number, part.missing) for part in parts)
         task = (stream.group, asked, self.conditions, origin)
         return {running.executor.submit(_computed_blocks, *task): _Flight(stream, parts, room)}
 
@@ -412,7 +431,7 @@ class Campaign:
         index = stream.upcoming
         stream.out.add(index)
         known = {q: moments for q in stream.questions if (moments := self._recall(q, index))}
-        return _Part(index, known, [q for q in stream.questions if q not in known])
+        return _Part(index, known, tuple(q for q in stream.questions if q not in known))
 
     def _recall(self, question: Asked, index: int) -> Moments | None:
         return self.store.recall(self.series[question], index) if self.store else None

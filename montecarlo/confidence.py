@@ -97,7 +97,7 @@ from scipy import special
 TUNED_FOR = 256
 FIRST_LOOK = 64
 """No look before this many draws."""
-LOOK_GROWTH = 1.1
+LOOK_GROWTH = 1.05
 """The next look comes when the draws have grown by this factor."""
 TAIL_FACTOR = 1.2
 """By how much the first neglected term of the skewness may change a tail."""

@@ -41,6 +41,8 @@ WORKER_SECONDS = 60.0
 """How long a cluster may take to have its first worker."""
 NAMES = ("local", "in-process")
 """The engines that have a name; a cluster goes by its scheduler's address."""
+NEVER_RENEWED = {"LOKY_MAX_MEMORY_LEAK_SIZE": "1e18"}
+"""Loky takes it for a leak when a later block is larger than the first, and starts anew."""
 RESTARTS = 3
 """Local workers are started again at most this often without a block in between."""
 
@@ -82,14 +84,16 @@ def engine(name: str, workers: int | None, device: str) -> Engine:
 
 
 @contextmanager
-def ready(start: Engine) -> Iterator[Engine]:
-    """The same engine, started at once: its workers load while something else is done.
+def ready(start: Engine) -> Iterator[tuple[Engine, Ahead]]:
+    """The same engine, started at once: its workers load, and begin, while something else is done.
 
     It ends with this context; an engine that was lost is started again as before.
     """
     with ExitStack() as stack:
-        waiting = [stack.enter_context(start())]
-        yield lambda: nullcontext(waiting.pop()) if waiting else start()
+        running = stack.enter_context(start())
+        ahead = Ahead(running.executor)
+        waiting = [running._replace(executor=ahead)]
+        yield lambda: nullcontext(waiting.pop()) if waiting else start(), ahead
 
 
 def is_cluster(name: str) -> bool:
@@ -111,6 +115,24 @@ def default_workers(device: str) -> int:
     return (
         len(os.sched_getaffinity(0)) if device == "cpu" and hasattr(os, "sched_getaffinity") else 1
     )
+
+
+class Ahead(Executor):
+    """Is given tasks before they are asked for; one that is then asked for is on its way.
+
+    For pure functions of hashable arguments: a task begun in vain costs its time and no more.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._begun: dict[tuple[Any, ...], Future[Any]] = {}
+
+    def begin(self, fn: Callable[..., Any], /, *args: Any) -> None:
+        self._begun[fn, *args] = self._executor.submit(fn, *args)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        begun = self._begun.pop((fn, *args), None)
+        return begun or self._executor.submit(fn, *args, **kwargs)
 
 
 # ------------------------------------------------------------------------------ in process
@@ -167,7 +189,9 @@ def _end_with(coordinator: int) -> None:
 @contextmanager
 def local(workers: int) -> Iterator[Running]:
     """Worker processes of this machine; they end with this one."""
-    executor = loky.ProcessPoolExecutor(workers, initializer=_end_with, initargs=(os.getpid(),))
+    executor = loky.ProcessPoolExecutor(
+        workers, initializer=_end_with, initargs=(os.getpid(),), env=NEVER_RENEWED
+    )
     try:
         with _interrupts_ignored():
             executor.submit(os.getpid)  # starts every process

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from montecarlo.confidence import FIRST_LOOK
 from montecarlo.decide import measure
@@ -119,7 +119,7 @@ def detectable(target: Target, measured: Measurement, values: np.ndarray) -> flo
 
 def _noise(measured: Measurement, ways: int) -> np.ndarray:
     """What the means stay within, with a chance of `POWER`, if there are so many ways to leave."""
-    return np.asarray(stats.norm.isf((1 - POWER) / ways) * measured.standard_error)
+    return np.asarray(-special.ndtri((1 - POWER) / ways) * measured.standard_error)
 
 
 def _smallest(holds: Callable[[int], bool]) -> float:

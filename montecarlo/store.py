@@ -110,6 +110,12 @@ class Store:
         finally:
             self._file.close()
 
+    @property
+    def empty(self) -> bool:
+        """Whether no block has been committed."""
+        with self._refused("to read"):
+            return not self._number("SELECT EXISTS (SELECT 1 FROM block)")
+
     def recall(self, series: Series, number: int) -> Moments | None:
         """The moments of a question over a block; None where they are not known."""
         query = "SELECT draws, mean, second, third, checksum FROM block WHERE series=? AND number=?"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -119,6 +120,7 @@ def main() -> None:
     with suppress(OSError):
         sys.stderr.write(words)
     _let_go()
+    gc.freeze()  # the interpreter would look through a million SymPy objects before it ends
     sys.exit(status)
 
 

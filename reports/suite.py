@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import sympy as sp
 
 from montecarlo import Campaign, Conditions, Decision, Target, exponent
-from montecarlo.campaign import require_limits
+from montecarlo.campaign import at_once, begin, require_limits
 from montecarlo.decide import require_rate
 from montecarlo.engines import device_of, ready
 from montecarlo.engines import engine as engine_of
@@ -116,6 +116,18 @@ def targets_of(cases: Sequence[Case], error_rate: float, plain: bool = True) -> 
     ]
 
 
+def _likely(claims: Iterable[Claim], plain: bool) -> list[Asked]:
+    """What will be measured of claims if their predictions come to something, in order."""
+    asked: list[Asked] = []
+    for claim in claims:
+        for question in claim.asked:
+            with suppress(Exception):  # `cases_of` says what is wrong with it
+                statistic = claim.relation.statistic(question)
+                statistic.require_applicable()
+                asked.append((None if plain else estimator_of(claim, statistic)) or statistic)
+    return asked
+
+
 def estimator_of(claim: Claim, question: Question) -> Integrated | None:
     """The estimator with the least variance that spends only what a claim assumes.
 
@@ -184,7 +196,7 @@ def verify(
     lost in rounding, `OSError` for an evidence store that cannot be used, `MemoryError` where a
     block does not fit.
     """
-    begin = time.perf_counter()
+    begun = time.perf_counter()
     chosen = _chosen(claims)
     conditions = Conditions(
         seed, device_of(engine, device, dtype), dtype, sampler=sampler, inputs=inputs
@@ -193,17 +205,27 @@ def verify(
     require_rate(error_rate)
     if budget is None and draws is None:
         budget = BUDGET
-    with ready(engine_of(engine, workers, conditions.device)) as started:
+    errors: dict[Asked, Exception] = {}
+    start = engine_of(engine, workers, conditions.device)
+    with opened(out) as store, ready(start) as (started, ahead):
+        if store is None or store.empty:
+            together = at_once(engine, workers, conditions.device)
+            begin(ahead, together, _likely(chosen, plain), conditions)
         cases = cases_of(chosen, tolerance)
         targets = targets_of(cases, error_rate, plain)
         judged = [case for case in cases if case.region is not None]
-        errors: dict[Asked, Exception] = {}
-        with opened(out) as store:
-            told = partial(note, errors)
-            campaign = Campaign(targets, conditions, draws, budget, stop, progress, store, told)
-            decisions = dict(
-                zip(judged, campaign.run(workers, engine=engine, started=started), strict=True)
-            )
+        told = partial(note, errors)
+        derivations = (_derivation(target.question) for target in targets)
+
+        def between(campaign: Campaign) -> None:
+            """Derive while the workers draw: a question's steps are kept for its verdict."""
+            progress(campaign)
+            next(derivations, None)
+
+        campaign = Campaign(targets, conditions, draws, budget, stop, between, store, told)
+        decisions = dict(
+            zip(judged, campaign.run(workers, engine=engine, started=started), strict=True)
+        )
     ended = "interrupted" if stop() else "a worker died" if campaign.broken else "stopped"
     failed = {c: errors[d.target.asked] for c, d in decisions.items() if d.target.asked in errors}
     verdicts = tuple(_verdict(c, decisions.get(c), failed.get(c), ended) for c in cases)
@@ -225,7 +247,7 @@ def verify(
         "interrupted": stop(),
         "broken": campaign.broken,
         "blocks": {"computed": campaign.computed, "recalled": store.recalled if store else 0},
-        "seconds": time.perf_counter() - begin,
+        "seconds": time.perf_counter() - begun,
         "versions": versions(),
         "commit": commit(),
         "arguments": _arguments(chosen, options),
@@ -455,6 +477,7 @@ LEFT_SIDES = {"vector": r"K(m, n)", "pair": r"\mathbb{E}\,x_{mn}^2"}
 """What a derivation is about: a kernel, or the second moment of a score or a weight."""
 
 
+@lru_cache(maxsize=1024)
 def _derivation(question: Question) -> tuple[list[dict[str, str]], str]:
     """The steps, and in words why they fail; a claim with its own numbers may do without rules."""
     try:

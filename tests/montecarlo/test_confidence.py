@@ -396,10 +396,10 @@ def test_the_skewness_of_a_ratio_counts_its_bend():
 
 
 def test_looks_grow_geometrically_and_start_at_the_first():
-    """The first look is at FIRST_LOOK; each later one is 10% on, rounded up."""
+    """The first look is at FIRST_LOOK; each later one is 5% on, rounded up."""
     draws = [next_look(0)]
     while draws[-1] < LAST:
         draws.append(next_look(draws[-1]))
     assert draws[0] == confidence.FIRST_LOOK
     for before, after in itertools.pairwise(draws):
-        assert 1.1 * before <= after + 1e-9 <= 1.1 * before + 1 + 1e-9
+        assert 1.05 * before <= after + 1e-9 <= 1.05 * before + 1 + 1e-9

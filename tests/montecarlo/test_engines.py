@@ -95,6 +95,25 @@ def expected():
     return bits(asked().run(engine="in-process"))
 
 
+@contextmanager
+def threaded():
+    """An engine of two threads."""
+    with ThreadPoolExecutor(2) as threads:
+        yield engines.Running(threads, room=4)
+
+
+class Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.calls, self.one = function, 0, threading.Lock()
+
+    def __call__(self, *arguments):
+        with self.one:
+            self.calls += 1
+        return self.function(*arguments)
+
+
 def local_workers():
     """The worker processes that loky has started for this one."""
     found = []
@@ -405,12 +424,68 @@ def test_a_ready_engine_is_started_at_once_and_anew_when_it_is_lost():
     def start():
         number = len(begun)
         begun.append(number)
-        yield number
+        yield engines.Running(engines.InProcess(), room=number)
         ended.append(number)
 
-    with engines.ready(start) as again:
+    with engines.ready(start) as (again, _):
         assert begun == [0]
         with again() as first, again() as second:
-            assert (first, second) == (0, 1)
+            assert (first.room, second.room) == (0, 1)
         assert ended == [1]
     assert ended == [1, 0]
+
+
+HELD = []
+
+
+def held(megabytes):
+    """Have a worker hold so much more, and say which one it was."""
+    HELD.append(np.ones(megabytes * 2**17))
+    return os.getpid()
+
+
+def test_a_worker_that_has_grown_is_not_taken_to_leak():
+    """Loky looks at a worker's memory when its last look is a second old."""
+    with engines.local(1) as running:
+        found = []
+        for megabytes in (1, 400, 1):
+            found.append(running.executor.submit(held, megabytes).result())
+            time.sleep(engines.loky.process_executor._MEMORY_LEAK_CHECK_DELAY)
+    assert len(set(found)) == 1
+
+
+def test_a_task_that_was_begun_is_done_once():
+    """It is given to whoever asks for it first, and done again for who asks later."""
+    done = []
+    ahead = engines.Ahead(engines.InProcess())
+    ahead.begin(done.append, 1)
+    assert done == [1]
+    for task, expected in ((1, [1]), (2, [1, 2]), (1, [1, 2, 1])):
+        ahead.submit(done.append, task).result()
+        assert done == expected
+
+
+@pytest.mark.parametrize("asked_for", [ASKED, ASKED[:1], ASKED[::-1]])
+def test_blocks_begun_for_other_questions_change_nothing(expected, monkeypatch, asked_for):
+    """Those of the first look are begun; a campaign that asks the same takes them."""
+    monkeypatch.setattr(campaign, "_computed_blocks", counted := Counted(campaign._computed_blocks))
+    with engines.ready(threaded) as (start, ahead):
+        campaign.begin(ahead, 2, asked_for, Conditions())
+        assert len(ahead._begun) == -(-64 // Group.of(ASKED[0]).block_size)
+        assert bits(asked().run(2, started=start)) == expected
+    in_vain = 0 if asked_for is ASKED else 1
+    assert counted.calls == BLOCKS + in_vain
+
+
+@pytest.mark.parametrize("together", [None, 1])
+def test_nothing_is_begun_on_a_cluster_or_in_this_process(together):
+    with engines.ready(engines.in_process) as (_, ahead):
+        campaign.begin(ahead, together, ASKED, Conditions())
+        assert not ahead._begun
+
+
+def test_too_much_is_refused_before_it_is_begun(monkeypatch):
+    monkeypatch.setattr(memory, "capacity", lambda device: 1)
+    with engines.ready(threaded) as (_, ahead), pytest.raises(MemoryError, match="expected blocks"):
+        campaign.begin(ahead, 2, ASKED, Conditions())
+    assert not ahead._begun
