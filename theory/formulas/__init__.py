@@ -7,13 +7,13 @@ Each module has a function `formulas()` that yields its `Formula`s.  `formula(na
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
+from types import ModuleType
 
 from theory.formula import Formula
 
 
-@cache
-def formulas() -> Mapping[str, Formula]:
-    """Every formula by name."""
+def _modules() -> tuple[ModuleType, ...]:
+    """Those that take longest to derive are last: a name is looked for in this order."""
     from theory.formulas import (
         attention,
         collapse,
@@ -31,32 +31,42 @@ def formulas() -> Mapping[str, Formula]:
         weingarten,
     )
 
-    modules = (
+    return (
         norm,
         attention,
         softmax,
-        softmax_expansions,
         outputs,
         stream,
         cosine,
         duals,
         depth,
         collapse,
-        tokens,
         weingarten,
         kurtosis,
         laws,
+        tokens,
+        softmax_expansions,
     )
-    return {found.name: found for module in modules for found in module.formulas()}
+
+
+@cache
+def _of(module: ModuleType) -> Mapping[str, Formula]:
+    return {found.name: found for found in module.formulas()}
+
+
+def formulas() -> Mapping[str, Formula]:
+    """Every formula by name."""
+    return {name: found for module in _modules() for name, found in _of(module).items()}
 
 
 def formula(name: str) -> Formula:
     """The formula called `name`.  Raises `LookupError` with the nearest names."""
+    for module in _modules():
+        if name in _of(module):
+            return _of(module)[name]
     known = formulas()
-    if name not in known:
-        near = get_close_matches(name, known, n=3, cutoff=0.3) or list(known)
-        raise LookupError(
-            f"expected the name of a formula, got {name!r}; did you mean {', '.join(near)}? "
-            "theory.formulas() lists them"
-        )
-    return known[name]
+    near = get_close_matches(name, known, n=3, cutoff=0.3) or list(known)
+    raise LookupError(
+        f"expected the name of a formula, got {name!r}; did you mean {', '.join(near)}? "
+        "theory.formulas() lists them"
+    )
