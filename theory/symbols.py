@@ -132,7 +132,12 @@ rho = _register("rho", "correlation of a pair of coordinates", CORRELATION)
 a = _register("a", "variance of the first of a Gaussian pair", NON_NEGATIVE)
 b = _register("b", "variance of the second of a Gaussian pair", NON_NEGATIVE)
 c = _register("c", "covariance of a Gaussian pair", REAL)
-d_eff = _register("d_eff", "effective width: d over the number of Gaussian maps", POSITIVE)
+d_eff = _register(
+    "d_eff",
+    "effective width: d over the number of Gaussian maps",
+    POSITIVE,
+    latex=r"d_{\mathrm{eff}}",
+)
 ell = _register("ell", "number of layers", WHOLE, "layers", ("n_layers",), r"\ell")
 beta = _register("beta", "gain of one layer's branch", REAL)
 g = _register("g", "gain of the value path, d^2 sigma_v^2 sigma_o^2", NON_NEGATIVE)
@@ -141,14 +146,14 @@ n_vocab = _register("V", "number of tokens in the vocabulary", COUNT, "tokens", 
 p_2 = _register("p_2", "probability that two positions hold the same token", PROBABILITY)
 p_3 = _register("p_3", "probability that three positions hold the same token", PROBABILITY)
 p_4 = _register("p_4", "probability that four positions hold the same token", PROBABILITY)
-alpha = _register("alpha", "exponent of a Zipf law, p_v ~ v^-alpha", NON_NEGATIVE, latex=r"\alpha")
+alpha = _register("alpha", "exponent of a Zipf law, p_v ~ v^-alpha", NON_NEGATIVE)
 x = _register("x", "value of a coordinate", REAL)
 v = _register("v", "variance of a coordinate", NON_NEGATIVE)
-nu = _register("nu", "degrees of freedom of a chi-square", POSITIVE, latex=r"\nu")
+nu = _register("nu", "degrees of freedom of a chi-square", POSITIVE)
 maps = _register("p", "number of independent random maps behind a place", COUNT, "maps")
 M_jj = _register("M_jj", "diagonal entry (j, j) of M = W_O W_V", REAL)
 M_j2 = _register(
-    "M_j2", "sum over i of M_ji^2, M = W_O W_V", NON_NEGATIVE, latex=r"\sum_i M_{ji}^{2}"
+    "M_j2", "sum over i of M_ji^2, M = W_O W_V", NON_NEGATIVE, latex=r"{(M M^{\top})_{jj}}"
 )
 
 tolerance = _register(
@@ -166,11 +171,9 @@ WEIGHT_STD = {
 """The symbol for the standard deviation of a weight of each role."""
 
 kappa_x = _register("kappa_x", "kurtosis of a coordinate of a vector", POSITIVE)
-nu_x = _register("nu_x", "E|x|^4/(E|x|^2)^2 of a vector", POSITIVE, latex=r"\nu_x")
-kappa_w = _register("kappa_w", "kurtosis of a matrix entry", POSITIVE, latex=r"\kappa_w")
-theta_w = _register(
-    "theta_w", "E w_i^2 w_j^2/(E w^2)^2 of two entries of a column", POSITIVE, latex=r"\theta_w"
-)
+nu_x = _register("nu_x", "E|x|^4/(E|x|^2)^2 of a vector", POSITIVE)
+kappa_w = _register("kappa_w", "kurtosis of a matrix entry", POSITIVE)
+theta_w = _register("theta_w", "E w_i^2 w_j^2/(E w^2)^2 of two entries of a column", POSITIVE)
 kappa_b = _register("kappa_b", "kurtosis of the biases", POSITIVE)
 p_same = _register(
     "p_same", "probability that a key of a row, its own included, is the query's token", PROBABILITY

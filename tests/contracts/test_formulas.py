@@ -406,11 +406,11 @@ def _(d, d_h, g, m, s):
 
 @held(
     "attention.output_kernel",
-    points=points((24, 8, 0.8, 5, 6, 0.6), (16, 16, 1.3, 7, 8, 0.5), names="d d_h g m n s"),
+    points=points((24, 8, 0.8, 5, 6, 0.6), (16, 16, 1.3, 8, 7, 0.5), names="d d_h g m n s"),
 )
 def _(d, d_h, g, m, n, s):  # fmt: skip
-    e, pattern = layer(d, d_h, m, s, 8000)
-    assert n == m + 1
+    e, pattern = layer(d, d_h, min(m, n), s, 8000)
+    assert abs(n - m) == 1
     one, two = (np.einsum("cm,cmi->ci", pattern[:, 0, row], e) for row in (0, 1))
     return Draws(g * np.mean(one * two, 1))
 
@@ -462,7 +462,8 @@ def _(H, d, d_h, m, s):
 # ---------------------------------------------------------------------------------- the stream
 
 
-@held("residual.kernel")
+@held("residual.kernel", points=points((48, 4, 3, 0.15, 0.6), (8, 5, 5, 0.3, 0.8),
+                                       names="d m n sigma sigma_x"))  # fmt: skip
 def _(d, sigma, sigma_x, m, n):
     return sigma_x**2 * (m == n) + (d * sigma**2) ** 2 * shared_prefix(m, n)
 
@@ -767,7 +768,7 @@ def _(m, n, p_2, sigma_x):
     return sigma_x**2 * total / (m * n)
 
 
-@held("tokens.uniform_cosine", widest=0.5, points=of_vocabulary(3, 2, 3, m=[6, 5], n=[4]))
+@held("tokens.uniform_cosine", widest=0.5, points=of_vocabulary(3, 2, 3, m=[6, 4], n=[5]))
 def _(m, n, p_2, p_3):
     """Given the ids, rows are orthogonal: cos of the counts."""
 
@@ -796,7 +797,7 @@ def _(m, p_2, p_3):
     return over_ids(weighted, m, p_2)
 
 
-@held("tokens.shared_tilt", rounding=1e-8, points=of_vocabulary(3, 2, 3, 4, m=[4, 5], n=[2, 3]))
+@held("tokens.shared_tilt", rounding=1e-8, points=of_vocabulary(3, 2, 3, 4, m=[4, 6], n=[2, 3]))
 def _(m, n, p_2, p_3, p_4):
     def tilted(ids):
         N = equal(ids)

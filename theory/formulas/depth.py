@@ -101,12 +101,19 @@ class FiniteSum(Numeric):
     def _eval_rewrite_as_Sum(self, *_: sp.Expr, **__: Any) -> sp.Expr:  # noqa: N802 (SymPy's)
         return self.definition()
 
+    def _shown(self) -> sp.Expr:
+        """The sum, its indices called otherwise where a symbol is called i or j."""
+        taken = {symbol.name for symbol in self.free_symbols}
+        letters = (letter for letter in "klpqrstuvw" if letter not in taken)
+        new = {x: sp.Dummy(next(letters), **x.assumptions0) for x in (_i, _j) if x.name in taken}
+        return self.definition().xreplace(new)
+
     def _latex(self, printer: Any, exp: str | None = None) -> str:
-        shown: str = printer._print(self.definition())
+        shown: str = printer._print(self._shown())
         return shown if exp is None else rf"\left({shown}\right)^{{{exp}}}"
 
     def _mathml_presentation(self, printer: Any) -> Any:
-        return printer._print(self.definition())
+        return printer._print(self._shown())
 
 
 class CesaroPower(FiniteSum):

@@ -44,8 +44,9 @@ class PositivePart(Numeric):
         """The unit step."""
         return sp.Heaviside(self.args[0])
 
-    def _latex(self, printer: Any) -> str:
-        return rf"\left({printer._print(self.args[0])}\right)_{{+}}"
+    def _latex(self, printer: Any, exp: str | None = None) -> str:
+        power = "" if exp is None else f"^{{{exp}}}"
+        return rf"\left({printer._print(self.args[0])}\right)_{{+}}{power}"
 
 
 def relu() -> sp.Expr:

@@ -45,9 +45,10 @@ class LogBesselK(Numeric):
         return sp.log((z / 2) ** a * sp.besselk(a, z))
 
     def _latex(self, printer: LatexPrinter, exp: str | None = None) -> str:
-        a, z = (printer.doprint(argument) for argument in self.args)
-        power = f"^{{{exp}}}" if exp else ""
-        return rf"\log{power}\left[\left(\tfrac{{1}}{{2}} {z}\right)^{{{a}}} K_{{{a}}}({z})\right]"
+        a, z = (printer._print(argument) for argument in self.args)
+        power = "" if exp is None else f"^{{{exp}}}"
+        half = rf"\left(\frac{{{z}}}{{2}}\right)"
+        return rf"\log{power}\left[{half}^{{{a}}} K_{{{a}}}\left({z}\right)\right]"
 
 
 class Shrinkage(Numeric):

@@ -81,7 +81,7 @@ class WeightedSquareFiniteHead(FiniteWidth):
 class GaussianKeysParticipation(FiniteWidth):
     """E_u A(m, s sqrt(u)) over keys whose norm fluctuates."""
 
-    letter = "P"
+    letter = r"\tilde{P}"
     function = Participation
     slack = 1.0
 
@@ -89,7 +89,7 @@ class GaussianKeysParticipation(FiniteWidth):
 class GaussianKeysTilt(FiniteWidth):
     """E_u B(m, s sqrt(u)) over keys whose norm fluctuates."""
 
-    letter = "B"
+    letter = r"\tilde{B}"
     function = Tilt
     slack = 1.0
 

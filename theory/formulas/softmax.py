@@ -154,9 +154,10 @@ class Lettered(Numeric):
 
     letter: ClassVar[str]
 
-    def _latex(self, printer: Any) -> str:
-        arguments = ", ".join(printer.doprint(argument) for argument in self.args)
-        return rf"{self.letter}\left({arguments}\right)"
+    def _latex(self, printer: Any, exp: str | None = None) -> str:
+        arguments = ", ".join(printer._print(argument) for argument in self.args)
+        power = "" if exp is None else f"^{{{exp}}}"
+        return rf"{self.letter}\left({arguments}\right){power}"
 
 
 class SoftmaxMean(Lettered):

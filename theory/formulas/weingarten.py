@@ -182,7 +182,7 @@ def formulas() -> Iterator[Formula]:
         "Q and K turn them into Gaussian vectors, so the logit is variance-gamma.",
         Status.EXACT,
         source,
-        r"\mathbb{E}\,l_{mn}^4/(\mathbb{E}\,l_{mn}^2)^2,\ m \ne n",
+        r"\mathbb{E}_{m \ne n}\,l_{mn}^4/(\mathbb{E}_{m \ne n}\,l_{mn}^2)^2",
     )
     yield Formula(
         "orthogonal.head_kernel_variance",
