@@ -14,9 +14,9 @@ import numpy as np
 from scipy import special
 
 from montecarlo.confidence import FIRST_LOOK
-from montecarlo.decide import measure
+from montecarlo.decide import measure, require_rate
 from montecarlo.evidence import Measurement, Target
-from nope.checks import expect, expect_finite
+from nope.checks import expect_finite
 from nope.questions import Question
 
 POWER = 0.9
@@ -62,7 +62,7 @@ def plan(
     Raises `ValueError` for a band that is lost in rounding, and as `montecarlo.measure` does.
     """
     expect_finite("band", band, positive=True)
-    expect(0 < error_rate < 1, "error_rate between 0 and 1", error_rate, "change it")
+    require_rate(error_rate)
     known = pilot or measure(question, PILOT_DRAWS, seed, device, dtype)
     room = np.where(question.judged, band * question.scale_of(known.mean), np.inf)
     half = error_rate / 2

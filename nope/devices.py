@@ -23,7 +23,7 @@ def resolve_device(name: str = "auto", dtype: str = "float32") -> torch.device:
             name = "mps"
         else:
             name = "cpu"
-    kind, _, index = name.partition(":")
+    kind, _, index = str(name).partition(":")
     if kind not in DEVICES or (index and not index.isdigit()):
         raise ValueError(f"expected a device of {', '.join(DEVICES)}, got {name!r}; change device")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():

@@ -21,6 +21,7 @@ import numpy as np
 import sympy as sp
 
 from nope.architecture import Architecture
+from nope.checks import expect
 from nope.operations import Normalise, Scores, Softmax, Uniform
 from nope.questions import Question
 from theory import symmetry
@@ -149,6 +150,7 @@ def predict(question: Question, fidelity: Asked = "best") -> Prediction:
     if fidelity not in get_args(Asked):
         known = ", ".join(get_args(Asked))
         raise ValueError(f"expected fidelity of {known}, got {fidelity!r}; change fidelity")
+    expect(isinstance(question, Question), "a nope.Question", question, "ask one")
     question.require_applicable()
     if question.kind.transform is not None:
         share = np.full(question.shape, symmetry.share_broken(question))

@@ -19,6 +19,7 @@ from typing import Any
 
 import sympy as sp
 
+from theory.cache import kept
 from theory.formula import Formula, Status
 from theory.formulas.softmax import (
     GAUSSIAN_LOGITS,
@@ -70,12 +71,14 @@ def small_logits(f: sp.Expr, order: int) -> sp.Expr:
 
 
 @cache
+@kept
 def participation_expansion(order: int) -> sp.Expr:
     """A up to s^(2 order): (1/m) (1 + (1 - 1/m) s^2 + ...)."""
     return small_logits(_power_sum(2), order)
 
 
 @cache
+@kept
 def tilt_expansion(order: int) -> sp.Expr:
     """B up to s^(2 order).
 
@@ -88,6 +91,7 @@ def tilt_expansion(order: int) -> sp.Expr:
 
 
 @cache
+@kept
 def long_prefix(kind: type[SoftmaxMean]) -> tuple[sp.Expr, sp.Expr]:
     """The limit of m A or of B as m -> infinity, and its relative correction's factor of 1/m.
 

@@ -25,6 +25,7 @@ import numpy as np
 import sympy as sp
 
 from nope.tokens import EmbeddingTokens, GaussianTokens, TextTokens, Tokens, WithBos
+from theory.cache import kept
 from theory.formula import Formula, Numeric, Status, compile_number_form
 from theory.symbols import alpha, m, n, n_vocab, p_2, p_3, p_4, sigma_x
 
@@ -135,6 +136,7 @@ Placement = tuple[tuple[int, ...], tuple[str, ...]]
 
 
 @cache
+@kept
 def mean_count(pattern: Pattern) -> sp.Expr:
     """Mean over independent ids, n < m, of the sum over positions of a product of [equal].
 
