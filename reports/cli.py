@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import json
@@ -108,6 +109,7 @@ def main() -> None:
     does a pipe that nobody reads any more, with 141; by then what is to be saved has been.
     """
     warnings.simplefilter("ignore", PluginWarning)  # `_tell` does
+    atexit.register(gc.freeze)  # a million SymPy objects are not looked through once more
     try:
         _run()
     except BrokenPipeError:
@@ -120,7 +122,6 @@ def main() -> None:
     with suppress(OSError):
         sys.stderr.write(words)
     _let_go()
-    gc.freeze()  # the interpreter would look through a million SymPy objects before it ends
     sys.exit(status)
 
 
