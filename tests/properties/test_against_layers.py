@@ -5,8 +5,9 @@ the theory itself states, and the sequential decision bounds the probability tha
 examples is REFUTED though it is right.  A case's random numbers follow from the case: nothing
 hunts for unlucky ones, and a case printed is a case that happens again.
 
-What keeps this from being true for nothing is counted too: bands have to be narrow, most examples
-decided, and few refused.
+What keeps this from being true for nothing is counted too: bands have to be narrow, and most
+examples decided.  What the theory refuses, saying so, is counted beside the examples and makes room
+for another; it may not be half of all that is asked.
 """
 
 from collections import Counter
@@ -15,10 +16,12 @@ from hashlib import blake2b
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 
 import montecarlo
 import theory
+from montecarlo.confidence import FIRST_LOOK
+from montecarlo.sampler import Group
 from nope import GaussianTokens, decoder, init, strategies
 from nope.questions import OBSERVABLES, Question
 from theory.claims import UNINFORMATIVE_BAND
@@ -37,10 +40,9 @@ SCHEMES = strategies.schemes(std=(0.02, 0.05, 0.1))
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is drawn: parts of so many examples each, and the sizes of architectures.
+    """How much is drawn: parts of so many judged examples each, and the sizes of architectures.
 
-    A case has as many draws as keep `work`, draws times weights times positions, the same, and
-    `draws` at most.
+    A case has `draws` at most, and as many as handle `work` numbers: 2^28 take a core under 1 s.
     """
 
     parts: int
@@ -54,11 +56,11 @@ class Sizes:
 
 FAST = Sizes(
     parts=1,
-    examples=120,
-    widths=(16, 8, 32, 64),
+    examples=80,
+    widths=(16, 8, 32, 64, 128, 256),
     depths=range(1, 4),
     lengths=(1, 2, 3, 5, 8, 12, 16),
-    work=3e9,
+    work=2**27,
     draws=16384,
 )
 NIGHTLY = Sizes(
@@ -67,7 +69,7 @@ NIGHTLY = Sizes(
     widths=(16, 8, 32, 64, 128, 256, 512),
     depths=range(1, 9),
     lengths=(1, 2, 3, 5, 8, 16, 32, 64, 128, 256),
-    work=3e10,
+    work=2**30,
     draws=65536,
 )
 SIZES = NIGHTLY if settings.default is settings.get_profile("nightly") else FAST
@@ -78,9 +80,8 @@ def seed_of(case):
     return int.from_bytes(blake2b(repr(case).encode(), digest_size=4).digest(), "little")
 
 
-def draws_for(architecture):
-    weights = sum(np.prod(weight.shape) for weight in architecture.weights)
-    return int(np.clip(SIZES.work / (1 + weights) / architecture.n_ctx, 64, SIZES.draws))
+def draws_for(question):
+    return int(np.clip(SIZES.work / Group.of(question).elements, FIRST_LOOK, SIZES.draws))
 
 
 @dataclass
@@ -100,8 +101,19 @@ class Tally:
         ]
         return "\n".join([f"{self.part}: {dict(self.outcomes)}", *rows])
 
-    def share(self, *outcomes):
-        return sum(self.outcomes[name] for name in outcomes) / self.outcomes.total()
+    def judged(self, question):
+        """Whether there was something to judge."""
+        outcome = judge(question, self)
+        self.outcomes[outcome] += 1
+        return outcome not in UNANSWERED
+
+    @property
+    def unanswered(self):
+        return sum(self.outcomes[name] for name in UNANSWERED) / self.outcomes.total()
+
+
+UNANSWERED = ("REFUSED", "OUT OF RANGE")
+"""By the theory, which says why; by the numbers that float32 has."""
 
 
 def judge(question, tally):
@@ -121,7 +133,7 @@ def judge(question, tally):
             region.low,
             region.high,
             share,
-            draws_for(question.architecture),
+            draws_for(question),
             seed=seed_of(question),
             device="cpu",
             dtype="float64" if question.kind.is_event else "float32",
@@ -161,16 +173,20 @@ def test_predictions_hold_in_real_layers(part):
         causal=(True,),
     )
 
-    @settings(max_examples=SIZES.examples, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=SIZES.examples,
+        # an example is a measurement, and what is refused is counted below
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
     @given(strategies.questions(architectures, SCHEMES, observables=OBSERVED))
     def holds(question):
-        tally.outcomes[judge(question, tally)] += 1
+        assume(tally.judged(question))
 
     holds()
     print(f"\n{tally}")
     narrow = np.mean(np.array(tally.bands) <= UNINFORMATIVE_BAND)
     assert narrow >= 0.8, f"only {narrow:.0%} of the bands are informative\n{tally}"
-    assert tally.share("REFUSED", "OUT OF RANGE") <= 1 / 3, tally
+    assert tally.unanswered <= 1 / 2, tally
     assert tally.outcomes["CONFIRMED"] >= tally.outcomes["UNDECIDED"], tally
 
 
