@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.installed
 PEERS := .venv-peers
 
-.PHONY: verify test test-nightly planted check format report bench bench-peers clean
+.PHONY: verify test test-nightly planted mutants check format report bench bench-peers clean
 
 verify: $(READY)  ## hold every claim of the papers against real layers, GPT-2 small's sizes
 	$(BIN)/nope verify --out runs/default
@@ -20,6 +20,10 @@ test: $(READY)  ## the tests, on every core
 
 planted: $(READY)  ## plant every error of tests/planted/catalogue.py: each must be caught
 	$(BIN)/python -m tests.planted
+
+mutants: $(READY)  ## change the statistics one operator at a time: its tests must notice; an hour
+	$(BIN)/python -m pip install --quiet 'cosmic-ray>=8.4'
+	$(BIN)/python -m tests.mutation
 
 test-nightly: $(READY)  ## thousands of drawn architectures, theory against layers; hours
 	$(BIN)/pytest tests/properties --hypothesis-profile=nightly -n auto --dist worksteal -q -rP \

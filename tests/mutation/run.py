@@ -1,0 +1,143 @@
+"""Change one operator or number of the statistics module at a time, and ask its tests.
+
+    make mutants                        all, with the score and the survivors in results.md
+    python -m tests.mutation WORD ...   those of functions whose names contain one of the words
+
+cosmic-ray makes the mutants.  One that the tests do not kill is explained in `SURVIVORS`, by what
+it makes of its line: the exit status is 1 where one is not.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import count, takewhile
+from pathlib import Path
+from queue import SimpleQueue
+
+from nope.checks import expect
+from tests.planted.run import NOTICED, ROOT, SILENT, Answer, ask, copy
+
+MODULE = Path("montecarlo/confidence.py")
+TESTS = "tests/montecarlo/test_confidence.py tests/montecarlo/test_false_alarms.py"
+TABLE = Path(__file__).with_name("results.md")
+AT_ONCE = min(2, os.cpu_count() or 1)
+
+NOBODYS = re.compile(
+    r"core/(ReplaceBinaryOperator_\w+_(Bit\w+|[LR]Shift|Mod|FloorDiv)"
+    r"|ReplaceUnaryOperator_\w+_(Not|Invert)"
+    r"|ReplaceComparisonOperator_\w+_(Is|IsNot|Eq|NotEq))$"
+)
+"""Operators that nobody writes by mistake among real numbers."""
+
+SURVIVORS: Mapping[str, str] = {}
+"""Why a line as mutated is as good as the line that was meant."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """The module with one change: what it makes of which line, in which function or constant."""
+
+    code: str
+    where: str
+    before: str
+    after: str
+
+    @property
+    def told(self) -> str:
+        return f"{self.where}: {self.before} -> {self.after}"
+
+
+def mutants() -> Iterator[Mutant]:
+    """Every mutant that cosmic-ray makes of the module, one that two operators make once."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    source = (ROOT / MODULE).read_text()
+    seen = {source}
+    for name in sorted(operator_names()):
+        operator = get_operator(name)
+        if NOBODYS.match(name) or operator.arguments():
+            continue
+        made = (mutate_code(source, operator(), occurrence) for occurrence in count())
+        for code in takewhile(lambda code: code is not None, made):
+            if code not in seen:
+                seen.add(code)
+                yield mutant(source, code)
+
+
+def mutant(source: str, code: str) -> Mutant:
+    """A mutant by the lines that differ from the source."""
+    old, new = source.splitlines(), code.splitlines()
+    changes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    _, i, j, first, last = next(change for change in changes if change[0] != "equal")
+    before, after = (" ".join(map(str.strip, lines)) for lines in (old[i:j], new[first:last]))
+    return Mutant(code, owner(source, i + 1), before, after)
+
+
+def owner(source: str, line: int) -> str:
+    """The function or constant whose lines hold a line."""
+    for node in ast.parse(source).body:
+        last = node.end_lineno or node.lineno
+        begin = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+        if begin <= line <= last:
+            return str(getattr(node, "name", "")) or ast.unparse(node).split(" ")[0]
+    return "module"
+
+
+def killed(found: Mutant, roots: SimpleQueue[Path]) -> Answer:
+    """What the tests say of a mutant, in one of the copies."""
+    root = roots.get()
+    try:
+        (root / MODULE).write_text(found.code)
+        return ask([f"pytest {TESTS}"], root)
+    finally:
+        roots.put(root)
+
+
+def table(asked: Sequence[Mutant], survived: Sequence[Mutant]) -> str:
+    """The score, and each survivor with why."""
+    lines = [
+        "# Mutants of the statistics module",
+        "",
+        f"`make mutants` wrote this.  Of {len(asked)} mutants that cosmic-ray makes of",
+        f"`{MODULE}` its tests kill {len(asked) - len(survived)}: "
+        f"{1 - len(survived) / len(asked):.1%}.  Operators that nobody writes by mistake among",
+        "real numbers (bits, shifts, remainders, identity) are left out.  Those that live:",
+        "",
+        "| in | line | mutated | why no test can tell |",
+        "|---|---|---|---|",
+    ]
+    for found in survived:
+        why = SURVIVORS.get(found.after, "**unexplained**")
+        lines.append(f"| `{found.where}` | `{found.before}` | `{found.after}` | {why} |")
+    return "\n".join(lines) + "\n"
+
+
+def main(words: Sequence[str]) -> int:
+    """Run them, print what lives and write the table; 1 where something is not explained."""
+    asked = [m for m in mutants() if not words or any(word in m.where for word in words)]
+    expect(bool(asked), "a word of a function's name", list(words), f"see {MODULE}")
+    survived = []
+    with ExitStack() as stack, ThreadPoolExecutor(AT_ONCE) as pool:
+        roots: SimpleQueue[Path] = SimpleQueue()
+        for _ in range(AT_ONCE):
+            roots.put(stack.enter_context(copy()))
+        clean = ask([f"pytest {TESTS}"], root := roots.get())
+        roots.put(root)
+        expect(clean.status == SILENT, "tests that pass without a mutant", clean.words, "mend them")
+        for found, answer in zip(asked, pool.map(lambda m: killed(m, roots), asked), strict=True):
+            told = "killed" if answer.status != SILENT else "SURVIVED"
+            print(f"{told:9} {answer.seconds:5.1f} s  {found.told}", flush=True)
+            survived += [found] * (answer.status == SILENT)
+    unexplained = [found.told for found in survived if found.after not in SURVIVORS]
+    print(f"{len(asked) - len(survived)} of {len(asked)} killed; unexplained: {unexplained}")
+    if not words:
+        TABLE.write_text(table(asked, survived))
+    return NOTICED if unexplained else SILENT
