@@ -236,6 +236,14 @@ def test_the_interval_shrinks_with_draws(error_rate):
     assert widths[-1] < 1e-3
 
 
+@pytest.mark.parametrize("error_rate", [0.01, 1e-4, 1e-9])
+def test_the_boundary_is_lowest_where_it_is_tuned(error_rate):
+    """At 256 draws, up to the next order of its r."""
+    n = np.arange(64, 1024)
+    lowest = n[np.argmin([boundary(k, error_rate) for k in n])]
+    assert lowest == pytest.approx(256, rel=0.03)
+
+
 def width_at(draws, variance=1.0, skewness=0.0, error_rate=0.01, size=1.0):
     one = (np.array([x]) for x in (variance, skewness, size))
     spread, skew, magnitude = one
@@ -269,8 +277,8 @@ def test_the_widening_restores_the_exponent(epsilon):
 
 @pytest.mark.parametrize("z", [3.0, 5.0, 7.0])
 def test_the_wait_is_longer_deeper_in_the_tail(z):
-    """Finite up to exp(8 z^2 e^3/27) = TAIL_FACTOR and not beyond."""
-    edge = (27 / 8 * math.log(confidence.TAIL_FACTOR) / z**2) ** (1 / 3) * math.sqrt(100) / z
+    """Finite up to exp(8 z^2 e^3/27) = 1.2 and not beyond."""
+    edge = (27 / 8 * math.log(1.2) / z**2) ** (1 / 3) * math.sqrt(100) / z
     assert np.isfinite(widening(z, 100, np.array([0.999 * edge, -0.999 * edge]))).all()
     assert np.isinf(widening(z, 100, np.array([1.001 * edge, -1.001 * edge]))).all()
 
@@ -279,6 +287,7 @@ def test_the_wait_is_longer_deeper_in_the_tail(z):
 def test_fewer_than_two_draws_say_nothing(draws):
     """The interval is infinite."""
     assert width_at(draws) == math.inf
+    assert math.isfinite(width_at(2))
 
 
 @pytest.mark.parametrize("variance", [0.0, (RESOLUTION * 3) ** 2])
@@ -288,6 +297,17 @@ def test_constant_draws_wait_for_what_they_may_have_missed(variance):
         expected = 3.0 * math.log(1 / 0.01) / draws
         assert width_at(draws, variance, size=3.0) == pytest.approx(expected, rel=1e-12)
         assert (1 - expected / 3) ** draws <= 0.01  # such an event shows up with chance 99%
+
+
+def test_draws_that_differ_by_more_than_rounding_are_not_the_same():
+    """By 100 units of the last place of their size."""
+    spread = 100 * RESOLUTION * 3
+    assert width_at(64, spread**2, size=3.0) == pytest.approx(spread * width_at(64))
+
+
+def test_one_draw_has_no_variance_and_an_exact_interval():
+    found = bounded_half_width(1, np.array(0.5), np.array(np.nan), (0.0, 1.0), 0.01)
+    assert float(found) == 0.5
 
 
 def capital(draws, mean, stake, high=1.0):
@@ -340,12 +360,14 @@ def test_exact_intervals_adapt_to_the_variance(draws, most):
     assert 0.9 < exact / (0.1 * boundary(draws, 1e-5) / math.sqrt(draws)) < most
 
 
-def test_bounds_scale_and_shift():
+@pytest.mark.parametrize(("scale", "low"), [(2.0, -1.0), (1e-6, 0.0), (1e6, 0.0)])
+def test_bounds_scale_and_shift(scale, low):
     """[-1, 1] is [0, 1] doubled and shifted."""
     mean, variance = np.array([0.1, 0.9]), np.array([0.04, 0.01])
     unit = bounded_half_width(500, mean, variance, (0.0, 1.0), 0.01)
-    twice = bounded_half_width(500, 2 * mean - 1, 4 * variance, (-1.0, 1.0), 0.01)
-    assert twice == pytest.approx(2 * unit, rel=1e-12)
+    bounds = (low, scale + low)
+    moved = bounded_half_width(500, scale * mean + low, scale**2 * variance, bounds, 0.01)
+    assert moved == pytest.approx(scale * unit, rel=1e-9)
 
 
 def question(observable, n_ctx=3):

