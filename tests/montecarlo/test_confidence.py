@@ -283,6 +283,12 @@ def test_the_wait_is_longer_deeper_in_the_tail(z):
     assert np.isinf(widening(z, 100, np.array([1.001 * edge, -1.001 * edge]))).all()
 
 
+@pytest.mark.parametrize("skewness", [-0.5, 0.5, 1.0])
+def test_skewed_draws_have_an_interval_as_much_wider(skewness):
+    wider = widening(boundary(1000, 0.01), 1000, np.array(skewness))
+    assert width_at(1000, skewness=skewness) == pytest.approx(wider * width_at(1000))
+
+
 @pytest.mark.parametrize("draws", [0, 1])
 def test_fewer_than_two_draws_say_nothing(draws):
     """The interval is infinite."""
@@ -290,7 +296,7 @@ def test_fewer_than_two_draws_say_nothing(draws):
     assert math.isfinite(width_at(2))
 
 
-@pytest.mark.parametrize("variance", [0.0, (RESOLUTION * 3) ** 2])
+@pytest.mark.parametrize("variance", [0.0, (RESOLUTION * 40) ** 2])
 def test_constant_draws_wait_for_what_they_may_have_missed(variance):
     """Draws that agree to rounding: an event of the draws' size and chance log(1/a)/n."""
     for draws in (64, 10**4):

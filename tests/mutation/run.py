@@ -45,8 +45,12 @@ CHOICES: Mapping[str, str] = {
 
 CACHE = "a cache of another size holds the same numbers"
 OVERWRITTEN = "where draws are constant the last line puts another width in its place"
+EDGE = "only where both sides are equal, and there either answer will do"
+ONE = "of one draw this is 0 or not a number, and either excludes nothing"
 OUTSIDE = "a mean lies outside by rounding alone; the other end's radius is the larger"
 SURVIVORS: Mapping[str, str] = {
+    "trusted = 8 / 27 * z**2 * e**3 < np.log(TAIL_FACTOR)": EDGE,
+    "constant = variance < (ROUNDING * resolution * size) ** 2": EDGE,
     "": "without its cache a function has the same numbers",
     "@lru_cache(maxsize= 257)": CACHE,
     "@lru_cache(maxsize= 255)": CACHE,
@@ -55,9 +59,9 @@ SURVIVORS: Mapping[str, str] = {
     "second = np.asarray(variance) * (draws - 1) if draws > 2 else np.zeros(np.shape(mean))": (
         "two draws exclude nothing within the bounds, however near they are"
     ),
-    "second = np.asarray(variance) * (draws - 1) if draws > 0 else np.zeros(np.shape(mean))": (
-        "of one draw this is 0 or not a number, and either excludes nothing"
-    ),
+    "second = np.asarray(variance) * (draws - 1) if draws > 0 else np.zeros(np.shape(mean))": ONE,
+    "second = np.asarray(variance) * (draws - 1) if draws >= 1 else np.zeros(np.shape(mean))": ONE,
+    "return np.asarray(np.minimum(np.where(root > 0, found, room).min(0), room))": EDGE,
     "below, above = np.maximum(mean - low, -1.0), np.maximum(high - mean, 0.0)": OUTSIDE,
     "below, above = np.maximum(mean - low, 0.0), np.maximum(high - mean, -1.0)": OUTSIDE,
     "stakes, capital = (x.reshape(- 2, *[1] * np.ndim(room)) for x in (STAKES, CAPITAL))": (
