@@ -51,7 +51,7 @@ OUTSIDE = "a mean lies outside by rounding alone; the other end's radius is the 
 SURVIVORS: Mapping[str, str] = {
     "trusted = 8 / 27 * z**2 * e**3 < np.log(TAIL_FACTOR)": EDGE,
     "constant = variance < (ROUNDING * resolution * size) ** 2": EDGE,
-    "": "without its cache a function has the same numbers",
+    "(without @lru_cache(maxsize=256))": "without its cache a function has the same numbers",
     "@lru_cache(maxsize= 257)": CACHE,
     "@lru_cache(maxsize= 255)": CACHE,
     "factor = np.where(constant, 2.0, widening(z, draws, skewness))": OVERWRITTEN,
@@ -109,7 +109,7 @@ def mutant(source: str, code: str) -> Mutant:
     changes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     _, i, j, first, last = next(change for change in changes if change[0] != "equal")
     before, after = (" ".join(map(str.strip, lines)) for lines in (old[i:j], new[first:last]))
-    return Mutant(code, owner(source, i + 1), before, after)
+    return Mutant(code, owner(source, i + 1), before, after or f"(without {before})")
 
 
 def owner(source: str, line: int) -> str:
