@@ -108,7 +108,7 @@ def mutant(source: str, code: str) -> Mutant:
     old, new = source.splitlines(), code.splitlines()
     changes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
     _, i, j, first, last = next(change for change in changes if change[0] != "equal")
-    before, after = (" ".join(map(str.strip, lines)) for lines in (old[i:j], new[first:last]))
+    before, after = (" ".join(" ".join(lines).split()) for lines in (old[i:j], new[first:last]))
     return Mutant(code, owner(source, i + 1), before, after or f"(without {before})")
 
 
