@@ -60,9 +60,13 @@ def predicted(question):
 
 
 def scales(before, after, factor):
-    """Whether values and remainders are multiplied by a factor."""
+    """Whether values and remainders are multiplied by a factor.
+
+    A remainder that is 0 is a difference of terms as large as the values, to rounding.
+    """
+    rounding = ROUNDING * np.abs(after.values).max(initial=0.0)
     return all(
-        np.allclose(factor * getattr(before, name), getattr(after, name), rtol=ROUNDING, atol=0.0)
+        np.allclose(factor * getattr(before, name), getattr(after, name), ROUNDING, rounding)
         for name in ("values", "remainder")
     )
 
