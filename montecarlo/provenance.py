@@ -37,14 +37,15 @@ def digest_of(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _digest_of_sources() -> str:
-    root = Path(__file__).parents[1]
-    files = sorted(chain.from_iterable((root / p).rglob("*.py") for p in ("nope", "montecarlo")))
+def _digest_of_sources(*packages: Path) -> str:
+    """Of every source file in sibling folders, by name."""
+    files = sorted(chain.from_iterable(package.rglob("*.py") for package in packages))
+    root = packages[0].parent
     named = ((path.relative_to(root).as_posix().encode(), path.read_bytes()) for path in files)
     return digest_of(chain.from_iterable(named))
 
 
-SOURCES = _digest_of_sources()
+SOURCES = _digest_of_sources(*(Path(__file__).parents[1] / p for p in ("nope", "montecarlo")))
 """Of every source file of `nope` and `montecarlo`, read as this process imported them."""
 BUILD = f"torch {torch.__version__}, numpy {np.__version__}, scipy {scipy.__version__}"
 
@@ -108,8 +109,8 @@ def describe(value: object) -> str:
     """A value as text, the same in every process; equal values have equal texts.
 
     Told are numbers, strings, None, NumPy arrays, tuples and dataclasses of these (by the fields
-    that they are compared by).  A class from outside `nope` counts with the source file that
-    defines it.  Raises `TypeError` for anything else.
+    that they are compared by).  A class from outside `nope` counts with the sources of the package
+    that defines it, or of the module that is in none.  Raises `TypeError` for anything else.
 
     >>> from nope import GaussianTokens
     >>> describe((GaussianTokens(std=1), 0.5, "q"))
@@ -146,11 +147,20 @@ def _class(kind: type) -> str:
     name = f"{kind.__module__}.{kind.__qualname__}"
     modules = dict.fromkeys(each.__module__ for each in kind.__mro__ if each is not object)
     foreign = [module for module in modules if module.partition(".")[0] != "nope"]
-    return f"{name}<{digest_of(map(_source, foreign))}>" if foreign else name
+    return f"{name}<{digest_of(map(_sources, foreign))}>" if foreign else name
 
 
-def _source(module: str) -> bytes:
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if file is None or not Path(file).is_file():
+def _sources(module: str) -> bytes:
+    """A module's file, and of one in a package all that it may have imported from there."""
+    file, package = _file(module), _file(module.partition(".")[0])
+    if file is None:
         raise TypeError(f"expected a class with a source file, got one of {module}; write a file")
-    return Path(file).read_bytes()
+    if package is not None and package.name == "__init__.py":
+        return _digest_of_sources(package.parent).encode()
+    return file.read_bytes()
+
+
+def _file(module: str) -> Path | None:
+    """The source file of a module that was imported; None for one without."""
+    path = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+    return path if path.is_file() else None

@@ -244,10 +244,11 @@ class _Predictor:
                 "the weights away from 0 and below 1"
             )
         size = float(np.abs(values).max(initial=0.0))
-        dropped = not (np.abs(remainder) <= NEGLIGIBLE * size).all()  # a NaN is no zero
+        remainder = np.where(np.isnan(remainder), np.inf, np.abs(remainder))  # inf - inf is no bound
+        dropped = not (remainder <= NEGLIGIBLE * size).all()
         return Prediction(
             values,
-            np.abs(remainder) if dropped else np.zeros(self.question.shape),
+            remainder if dropped else np.zeros(self.question.shape),
             Status.LEADING_ORDER if dropped else Status.EXACT,
             fidelity=self.fidelity,
             question=self.question,

@@ -245,6 +245,28 @@ def test_a_users_class_counts_with_its_source(tmp_path, monkeypatch):
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_a_class_of_a_package_counts_with_all_its_sources(tmp_path, monkeypatch):
+    """What the class's own module imports may change its bits too; data and other packages not."""
+    package = tmp_path / "users_package" / "layers"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    (package / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def told():
+        for name in [name for name in sys.modules if name.startswith("users_package")]:
+            monkeypatch.delitem(sys.modules, name)
+        return describe(importlib.import_module("users_package.layers.mine").Mine())
+
+    first = told()
+    (package.parent / "notes.txt").touch()
+    (tmp_path / "other.py").touch()
+    assert told() == first
+    (package.parent / "rounding.py").write_text("DIGITS = 3")
+    assert told() != first
+
+
 class Opaque:
     """A scheme that text cannot tell."""
 

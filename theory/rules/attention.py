@@ -113,7 +113,10 @@ def after(operation: Mix, traits: Mapping[str, Traits]) -> Traits:
 
 
 def uniform_pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
-    """E a_mn^2 = 1/m^2; what is dropped is (e^{s^2} - 1)(1 - 1/m), s^2 the logit's variance."""
+    """E a_mn^2 = 1/m^2; what is dropped is (e^{s^2} - 1)(1 - 1/m), s^2 the logit's variance.
+
+    It is m - 1 at most, where one key has all the attention.
+    """
     logits = operation.inputs[0]
     return Rule(
         name="softmax taken as uniform",
@@ -122,9 +125,17 @@ def uniform_pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
         expression=1 / m**2,
         assumption="s^2 << 1: logits so small that the softmax is flat",
         source="chi2023 Property 1",
-        remainder=(sp.exp(K(m, m)) - 1) * (1 - 1 / m),
+        remainder=grown(K(m, m), m, m),
         traits=Traits(logits=logits, query_key=traits[logits].query_key),
     )
+
+
+def grown(s2: sp.Expr, count: sp.Expr, largest: sp.Expr) -> sp.Expr:
+    """What m E sum a^2 has beyond 1: e^{s^2} - 1 of many keys, and what one key alone has.
+
+    That is m, or m^2 of values of which one may be as large as the sum of all.
+    """
+    return sp.Min(sp.exp(s2) - 1, largest) * (1 - 1 / count)
 
 
 def uniform_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
@@ -132,7 +143,7 @@ def uniform_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
     pattern, values = operation.inputs
     logits = traits[pattern].logits
     assert logits is not None
-    ignored = [(sp.exp(J(x, x)) - 1) * (1 - 1 / x) + x * J(x, x) / d for x in (m, n)]
+    ignored = [grown(J(x, x), x, x**2) + x * J(x, x) / d for x in (m, n)]
     sources = (values, logits)
     return prefix_mean(
         "attention taken as uniform", sources, after(operation, traits), sum(ignored) / 2

@@ -379,9 +379,10 @@ def first_order(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray | fl
     """The kernel, what is dropped (absolutely) and the excess."""
 
     def block(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
-        count = pairs.shorter(mixing.count)
+        count, s2 = pairs.shorter(mixing.count), pairs.variance
         rest = (1 - 1 / count) * np.maximum(1, np.abs(1 - 6 / count))  # as its s^4 has
-        beyond = pairs.overlap * (np.expm1(pairs.variance) - pairs.variance) * rest
+        one_key = np.maximum(pairs.longer(mixing.count), s2)  # what it has alone is at most this
+        beyond = pairs.overlap * np.minimum(np.expm1(s2) - s2, one_key) * rest
         kernel = pairs.uniform + pairs.of(mixing.change) + pairs.fluctuation
         return kernel, beyond + pairs.lost + pairs.narrow
 

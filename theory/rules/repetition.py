@@ -443,8 +443,11 @@ def first_order(tokens: Tokens, mixing: Mixing) -> Found:
     tilt, reweighting = found.first_order
     s2, uniform = found.attention.variance, np.sqrt(np.diagonal(found.moments.collision))
     # Of k equal counts the s^4 is 1/2 - 3/k of the s^2, and of many all orders are e^(s^2) - 1.
+    # All that is there is at most 1, that of one key.
+    size = np.abs(tilt) + np.abs(reweighting)
+    one_key = _ratio(1 + size, size)
     grown = (np.expm1(s2) / s2 - 1 if s2 else 0.0) * (1 + 2 * np.outer(uniform, uniform))
-    beyond = grown * (np.abs(tilt) + np.abs(reweighting))
+    beyond = np.minimum(grown, one_key) * size
     added = fluctuation(found.tokens, found.n_ctx, found.attention)
     (narrow,) = mixing.over_pairs(lambda pairs: (pairs.narrow,), 1)
     kernel = mixing.uniform() + found.value * (tilt + reweighting + added)

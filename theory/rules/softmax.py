@@ -299,11 +299,11 @@ def _shape(mapped: Traits) -> sp.Expr:
 
 
 def first_order_pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
-    """(1 + s^2 (1 - 1/m))/m^2."""
+    """(1 + s^2 (1 - 1/m))/m^2; the truth is between 1/m^2 and 1/m."""
     grown = Growth(lambda s2: 1 + s2 * (1 - 1 / m))
 
     def lost(s2: sp.Expr, value: sp.Expr, slack: sp.Expr) -> sp.Expr:
-        return (sp.exp(s2) - 1 - s2) * (1 - 1 / m) / value
+        return sp.Min(sp.exp(s2) - 1 - s2, sp.Max(m, s2)) * (1 - 1 / m) / value
 
     return _pattern(operation, traits, "to first order in s^2", grown, lost)
 

@@ -8,7 +8,7 @@ import numpy as np
 import sympy as sp
 
 from nope.operations import Embed
-from nope.tokens import EmbeddingTokens, GaussianTokens, Tokens
+from nope.tokens import EmbeddingTokens, GaussianTokens, Tokens, WithBos
 from theory.formulas.tokens import collision_matrix
 from theory.kernel import Fidelity, Moved, Rule, Traits
 from theory.rules import rule_for
@@ -28,7 +28,7 @@ COORDINATE = Traits(
 def _(operation: Embed, traits: Mapping[str, Traits], fidelity: Fidelity) -> Rule:
     """K(m, n) = sigma_x^2 P(positions m and n hold the same token)."""
     match operation.tokens:
-        case GaussianTokens():
+        case GaussianTokens() | WithBos(GaussianTokens()):  # a BOS is one more, of the weights
             return Rule(
                 name="i.i.d. Gaussian tokens",
                 statement="Positions are independent, one coordinate has variance sigma_x^2.",
