@@ -110,6 +110,17 @@ class Second:
     size: Gram
     slopes: tuple[np.ndarray, ...]
 
+    def within(self, leading: Gram) -> Second:
+        """The same, off the diagonal no further than Cauchy and Schwarz let a kernel be.
+
+        Where vectors are nearly one (a single word and a BOS) the covariance that leading orders
+        give is larger than 1 - rho^2 allows.
+        """
+        whole = Gram(leading.mm + self.term.mm, leading.nn + self.term.nn, leading.mn)
+        room = np.maximum(whole.size, np.abs(leading.mn))
+        term = np.clip(self.term.mn, -room - leading.mn, room - leading.mn)
+        return replace(self, term=replace(self.term, mn=term))
+
 
 Entries = tuple[np.ndarray | float, np.ndarray | float, np.ndarray]
 """K_mm, K_nn and K_mn."""
@@ -195,11 +206,13 @@ def correlation_width(covariance: np.ndarray, rho: np.ndarray) -> np.ndarray:
 def tokens(width: float, same: np.ndarray, share: np.ndarray) -> Fluctuation:
     """d i.i.d. Gaussian coordinates, of one token where the positions are the `same`.
 
-    Of two positions a `share` of all ids is equal: G_mn is about 1 then, 0 otherwise, and no cosine
-    is biased, as if of correlation 0.
+    Of two positions a `share` of all ids is equal, and G_mn about 1 then, 0 otherwise: the mean of
+    both covariances and the covariance of both means.
     """
-    covariance = wishart((1.0, 1.0, np.where(same, NEAR, 0.0))) / width
-    covariance[2, 2] += np.where(same, 0.0, share * (1 - share))
+    equal = np.where(same, 1.0, share)
+    one, two = (wishart((1.0, 1.0, np.full(same.shape, rho))) for rho in (NEAR, 0.0))
+    covariance = (equal * one + (1 - equal) * two) / width
+    covariance[2, 2] += equal * (1 - equal)
     return begin(covariance, width)
 
 

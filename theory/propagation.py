@@ -18,6 +18,7 @@ import sympy as sp
 
 from nope.questions import position_grid
 from theory.fluctuations import (
+    NEAR,
     Fluctuation,
     Gram,
     Passage,
@@ -55,6 +56,8 @@ LEAST_SLACK = 1e-5
 
 GRID = 32
 """Positions at most that fluctuations are followed at: smooth in log m beside the kernel."""
+NEARLY = 1e-12
+"""Of 1 - rho^2: less is rounding."""
 
 
 @cache
@@ -221,7 +224,9 @@ class KernelValues:
         if second is None:
             return self._evaluate(place, rule.remainder, view)
         doubt, size = self._doubt(rule.sources[0]), second.size
-        left = Gram(size.mm * doubt, size.nn * doubt, size.mn * doubt)
+        leading = self._gram(place, self._leading)
+        across = np.minimum(size.mn * doubt, 2 * leading.size)  # no cosine is further off
+        left = Gram(size.mm * doubt, size.nn * doubt, across)
         if view != "mn" and self._all_pairs:
             return self._diagonal(self._own_remainder(place, rule, "mn"), view)
         found = self._everywhere(left, self._leading(place, "mn"), view)
@@ -296,8 +301,8 @@ class KernelValues:
             return float(self._rules[source].traits.maps)  # the ids are treated as given
         rho = self._gram(source, self.kernel).correlation
         width = correlation_width(self._passed(source)[0].inherited, rho)
-        apart = np.not_equal(*self._grid_positions)
-        return 1.0 + self._symbols[source]["d"] * float(np.mean(width[apart]))
+        apart = np.not_equal(*self._grid_positions) & (rho < NEAR)  # one vector has one logit
+        return 1.0 + self._symbols[source]["d"] * float(width[apart].mean() if apart.any() else 0.0)
 
     def _slack(self, rule: Rule, maps: float) -> float:
         """Half the relative variance of the first source's norms, before its own map, in units of
@@ -348,7 +353,8 @@ class KernelValues:
                 self._symbols[place],
                 self._on_grid(self._own_excess(place)),
             )
-            self._fluctuations[place] = rule.fluctuates(passage)
+            moved, second = rule.fluctuates(passage)
+            self._fluctuations[place] = moved, second and second.within(passage.after)
         return self._fluctuations[place]
 
     def _gram(self, place: str, values: Callable[[str, View], np.ndarray]) -> Gram:
@@ -476,9 +482,11 @@ def _interpolated(
     at, chosen = np.ix_(grid - 1, grid - 1), root[grid - 1]
     alone = np.diagonal(found.mm) / chosen**2
     beyond = found.mn - leading[at] * np.add.outer(alone, alone) / 2
-    open_ = _open(np.multiply.outer(chosen, chosen), leading[at])
-    np.fill_diagonal(open_, 1.0)
-    across, smooth = _continued(beyond / open_) @ weights.T, weights @ alone
+    size = np.multiply.outer(chosen, chosen)
+    open_ = _open(size, leading[at])
+    apart = open_ > NEARLY * size  # vectors that are one have nothing beyond
+    ratio = np.divide(beyond, open_, out=np.zeros_like(open_), where=apart)
+    across, smooth = _continued(ratio) @ weights.T, weights @ alone
     whole = np.empty_like(leading)
     for rows in blocks(len(leading)):
         beside = _open(np.multiply.outer(root[rows], root), leading[rows])

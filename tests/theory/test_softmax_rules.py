@@ -278,6 +278,67 @@ def test_remainders_are_not_negative(treatment, spread, shared):
         assert dropped.min() >= -TABLED
 
 
+VAST = 4, 100.0
+"""Keys, and a standard deviation of logits whose e^(s^2) no float holds."""
+
+
+def network(norm_position, tokens, std):
+    return nope.decoder(
+        16, 1, n_layers=3, n_ctx=VAST[0], d_ff=0, norm_position=norm_position, tokens=tokens
+    ), normal(std)
+
+
+def test_what_vast_logits_leave_out_is_finite():
+    """One key has all the attention then: the prefix mean, its first order and the truth are as
+    far apart as one key and all of them allow."""
+    length, spread = VAST
+    attention = mixing(spread, 1.0, 0.0, length=length)
+    with np.errstate(over="ignore"):
+        kernel, dropped, _ = first_order_kernel(attention)
+    assert np.isfinite(dropped).all()
+    one_key = np.ones(length)  # E sum a^2 is between 1/m and this
+    assert (np.abs(np.diagonal(kernel) - one_key) <= np.diagonal(dropped)).all()
+    assert dropped[0, 0] == 0
+
+
+@pytest.mark.parametrize("fidelity", ["uniform", "first_order", "any_temperature"])
+@pytest.mark.parametrize("tokens", [nope.GaussianTokens(100.0), nope.EmbeddingTokens(9, 100.0)])
+def test_predictions_of_vast_logits_have_no_nan(fidelity, tokens):
+    """A remainder is a number or infinite; of a row's first key it is nothing."""
+    layers, scheme = network("none", tokens, 0.3)
+    for place in ("blocks.0.attn.pattern", "blocks.0.attn.z", "blocks.2.attn.pattern"):
+        question = nope.Question(layers, scheme, place, "second_moment")
+        try:
+            found = theory.predict(question, fidelity)
+        except NotImplementedError:
+            continue  # logits that no quadrature covers, said so
+        assert not np.isnan(found.remainder).any(), place
+        if place.endswith("pattern"):
+            count = np.arange(1, VAST[0] + 1)
+            assert found.values[0] == 1
+            assert found.remainder[0] == pytest.approx(0, abs=1e-9) or fidelity == "uniform"
+            reached = found.values + found.remainder, found.values - found.remainder
+            assert (reached[0] >= 1 / count * (1 - 1e-9)).all() or fidelity == "any_temperature"
+            assert (reached[1] <= 1 / count).all()
+
+
+def test_a_bos_before_gaussian_tokens_is_one_more_of_them():
+    """It is drawn with the weights, they with the inputs: of both averages nothing tells it."""
+    started = nope.WithBos(nope.GaussianTokens(0.7))
+    for place, observable in [
+        ("blocks.0.attn.pattern", "second_moment"),
+        ("blocks.1.attn.z", "kernel"),
+        ("blocks.2.resid_post", "cosine"),
+        ("blocks.0.attn.scores", "kurtosis"),
+    ]:
+        found = [
+            theory.predict(nope.Question(*network("pre", tokens, 0.2), place, observable))
+            for tokens in (started, started.tokens)
+        ]
+        for name in ("values", "remainder", "fidelity"):
+            assert np.array_equal(*(getattr(each, name) for each in found)), place
+
+
 # -------------------------------------------------------------------------------- limits
 
 

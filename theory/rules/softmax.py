@@ -222,9 +222,14 @@ def _participate(
 def _relative_error(
     lost: Lost, known: Mapping[str, Any], dropped: np.ndarray, queries: np.ndarray
 ) -> np.ndarray:
-    """Of each row: of the participation itself, and of the queries."""
+    """Of each row: of the participation itself, and of the queries.
+
+    ln(m E sum a^2) grows as s^2 and then slower, so that a part of s^2 is at most this part of it
+    (but for heads of one dimension, whose heavy tails add a quarter at s^2 = 1/3).
+    """
     own = _numbers(lost(VARIANCE, VALUE, SLACK), known)
-    return np.asarray(own + np.diagonal(dropped) / np.diagonal(queries))
+    moved = np.log(np.maximum(known[VALUE.name], 1.0))
+    return np.asarray(own + moved * np.diagonal(dropped) / np.diagonal(queries))
 
 
 def _participate_copies(
