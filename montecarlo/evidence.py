@@ -18,6 +18,7 @@ from montecarlo.moments import Moments
 from montecarlo.observables import STATISTICS
 from nope.checks import expect
 from nope.questions import Question
+from nope.tokens import may_repeat
 
 Verdict = Literal["CONFIRMED", "REFUTED", "UNDECIDED"]
 
@@ -109,8 +110,11 @@ class Measurement:
 
     @property
     def _size(self) -> np.ndarray:
-        """What an event not yet seen may change: the value; the way to the further bound."""
+        """What an event not yet seen may change: the value, of a kernel that of equal vectors; the
+        way to the further bound."""
         kind = self.question.kind
+        if kind.scale == "kernel":
+            return self.question.scale_of(self.mean)
         least = 1.0 if kind.scale == "absolute" else 0.0
         if kind.scale == "absolute" and kind.bounds is not None:
             return np.asarray(np.maximum(self.mean - kind.bounds[0], kind.bounds[1] - self.mean))
@@ -121,9 +125,13 @@ class Measurement:
 
         Exactly valid for observables that are 0 or 1 in a draw, and if `exact` for all that are
         bounded; asymptotically for the others (see `montecarlo.confidence`).
+
+        Tokens that may repeat are the event in hiding: where no draw had one token at two positions
+        nothing in the draws tells how often they would, and a skewness cannot warn.  What is
+        bounded is judged exactly then, and for the rest what the event may change is added.
         """
-        bounded = self.question.kind.bounds is not None
-        if bounded and (exact or self.question.kind.is_event):
+        bounded, hiding = self.question.kind.bounds is not None, self._may_repeat
+        if bounded and (exact or hiding or self.question.kind.is_event):
             return self._exact(error_rate)
         if not bounded:
             return self._asymptotic(error_rate)
@@ -138,10 +146,19 @@ class Measurement:
         return confidence.bounded_half_width(self.draws, self.mean, variance, bounds, error_rate)
 
     def _asymptotic(self, error_rate: float) -> np.ndarray:
+        """Where tokens may repeat each part has half the rate."""
         variance, skewness = self._spread()
-        return confidence.half_width(
+        hidden: np.ndarray | float = 0.0
+        if self._may_repeat:
+            error_rate /= 2
+            hidden = self._size * np.log(1 / error_rate) / max(self.draws, 1)
+        return hidden + confidence.half_width(
             self.draws, variance, skewness, error_rate, self._size, RESOLUTION[self.dtype]
         )
+
+    @property
+    def _may_repeat(self) -> bool:
+        return may_repeat(self.question.architecture.tokens)
 
     def projected(self, draws: int) -> Measurement:
         """What `draws` draws of the same mean, variance and skewness would be."""

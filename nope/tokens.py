@@ -194,6 +194,15 @@ class WithBos:
         return self.tokens.draw(source, draws, n_ctx - 1, d_model)
 
 
+def may_repeat(tokens: Tokens) -> bool:
+    """Whether two positions may hold one vector: rows of a table, whatever starts them.
+
+    >>> may_repeat(EmbeddingTokens(50_000)), may_repeat(WithBos(GaussianTokens()))
+    (True, False)
+    """
+    return any(weight.path != BOS for weight in tokens.weights(1))
+
+
 def _expect_std(std: float) -> None:
     expect_finite("the tokens' std", std, positive=True)
 

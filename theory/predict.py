@@ -244,9 +244,7 @@ class _Predictor:
                 "the weights away from 0 and below 1"
             )
         size = float(np.abs(values).max(initial=0.0))
-        remainder = np.where(
-            np.isnan(remainder), np.inf, np.abs(remainder)
-        )
+        remainder = np.where(np.isnan(remainder), np.inf, np.abs(remainder))
         dropped = not (remainder <= NEGLIGIBLE * size).all()
         return Prediction(
             values,

@@ -112,8 +112,9 @@ def test_simultaneous_intervals_hold_at_every_entry_and_look():
 
 # ----------------------------------------------------------------- every kind of statistic
 
-REPLICATIONS = 2048
-"""Runs of one entry each, side by side as the entries of an array."""
+SIDE = 45
+REPLICATIONS = SIDE**2
+"""Runs of one entry each, side by side as the entries of an array; of a kernel as a matrix."""
 LATEST = 1000
 WIDTH = 8
 ONES = np.ones(WIDTH)
@@ -183,21 +184,23 @@ def replicated(observable, seed=5, latest=LATEST):
         count = confidence.next_look(seen) - seen
         for start in range(0, count, 32):  # blocks small enough for the cache
             draws = np.stack(components(rng, min(32, count - start)), 1)
+            if asked.kind.scale == "kernel":
+                draws = draws.reshape(*draws.shape[:2], SIDE, SIDE)
             block = Moments.of(draws)
             known = block if known is None else known.merge(block)
         seen += count
         yield Measurement(asked, known, "float64")
 
 
-def per_run(question, low, high, error_rate):
+def per_run(measured, low, high, error_rate):
     """A target whose every entry is a run of its own at `error_rate`, half for each verdict."""
-    ends = [np.full(REPLICATIONS, end) for end in (low, high)]
-    return Target(question, *ends, error_rate / 2, error_rate / 2 * REPLICATIONS)
+    ends = [np.full(measured.mean.shape, end) for end in (low, high)]
+    return Target(measured.question, *ends, error_rate / 2, error_rate / 2 * REPLICATIONS)
 
 
 @pytest.mark.parametrize("observable", KINDS)
 def test_each_kind_of_statistic_keeps_its_error_rates(observable):
-    """2048 true nulls and as many planted errors, at 5% and 1%, over all looks.
+    """2025 true nulls and as many planted errors, at 5% and 1%, over all looks.
 
     The truth lies on the edge: within [truth, .] REFUTED is a false alarm; just outside of
     [truth, .] CONFIRMED is a planted error that was missed.  Both at most at half the rate, the
@@ -208,7 +211,7 @@ def test_each_kind_of_statistic_keeps_its_error_rates(observable):
     for measured in replicated(observable):
         for rate in (0.05, 0.01):
             for side, (low, high) in enumerate([(truth, truth + 9), (truth - 9, truth)]):
-                asked = per_run(measured.question, low, high, rate)
+                asked = per_run(measured, low, high, rate)
                 for name in ("outside", "inside"):
                     found = getattr(asked, name)(measured)
                     wrong[rate, side, name] = wrong.get((rate, side, name), False) | found
@@ -226,5 +229,70 @@ def test_the_replications_find_an_interval_that_may_be_looked_at_only_once(monke
     monkeypatch.setattr(confidence, "half_width", once)
     wrong = np.zeros(REPLICATIONS, dtype=bool)
     for measured in replicated("second_moment"):
-        wrong |= per_run(measured.question, 1.0, 10.0, 0.05).outside(measured)
+        wrong |= per_run(measured, 1.0, 10.0, 0.05).outside(measured)
     assert stats.binom.sf(wrong.sum() - 1, REPLICATIONS, 0.025) < 1e-6
+
+
+# ------------------------------------------------------------------------- events in hiding
+
+RARE = 0.04
+"""That two positions hold one token: a first look of 64 draws does not see it in 7% of runs."""
+
+
+def coincidences(rng, draws):
+    """What changes by 1 when it happens, and little otherwise."""
+    happened = rng.random((draws, SIDE, SIDE)) < RARE
+    return np.where(happened, 1.0, 0.01 * rng.standard_normal(happened.shape))
+
+
+def kernels(rng, draws):
+    """Off the diagonal a coincidence, on it 1."""
+    found = coincidences(rng, draws)
+    found[:, range(SIDE), range(SIDE)] = 1.0
+    return found
+
+
+def moments(rng, draws):
+    return (1 + coincidences(rng, draws)).reshape(draws, -1)
+
+
+def cosines(rng, draws):
+    return coincidences(rng, draws).clip(-1, 1).reshape(draws, -1)
+
+
+HIDING = {
+    "kernel": (kernels, RARE),
+    "second_moment": (moments, 1 + RARE),
+    "cosine": (cosines, RARE),
+}
+
+
+def false_alarms(observable, tokens):
+    """How many runs, of `REPLICATIONS`, are REFUTED at 5% though the truth is within the region."""
+    components, truth = HIDING[observable]
+    network = nope.decoder(8, 2, n_ctx=4, tokens=tokens)
+    question = nope.Question(network, nope.init.normal(1.0), "ln_final", observable)
+    rng, seen, known, wrong = np.random.default_rng(7), 0, None, False
+    while seen < 250:
+        count = confidence.next_look(seen) - seen
+        block = Moments.of(components(rng, count)[:, None])
+        known = block if known is None else known.merge(block)
+        seen += count
+        measured = Measurement(question, known, "float64")
+        low, high = (np.full(measured.mean.shape, end) for end in (truth, truth + 9))
+        if observable == "kernel":
+            np.fill_diagonal(low, -np.inf)
+            np.fill_diagonal(high, np.inf)
+        asked = Target(question, low, high, 0.025, 0.025 * np.isfinite(low).sum())
+        wrong = wrong | asked.outside(measured)
+    return int(wrong.sum())
+
+
+@pytest.mark.parametrize("observable", HIDING)
+def test_a_coincidence_not_yet_seen_refutes_nothing(observable):
+    """Where tokens may repeat; for others, the same draws show what the caution is for."""
+    runs = REPLICATIONS - SIDE * (observable == "kernel")
+    cautious = false_alarms(observable, nope.EmbeddingTokens(25))
+    assert stats.binom.sf(cautious - 1, runs, 0.025) >= 1e-6
+    incautious = false_alarms(observable, nope.GaussianTokens())
+    assert stats.binom.sf(incautious - 1, runs, 0.025) < 1e-6

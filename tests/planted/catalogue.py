@@ -607,6 +607,27 @@ _STATISTICS = (
         ),
     ),
     Plant(
+        "coincidences forgotten",
+        "that tokens may repeat is no event that draws may have missed",
+        "statistics",
+        "montecarlo/evidence.py",
+        "if self._may_repeat:",
+        "if False:",
+        _test(
+            "montecarlo/test_false_alarms.py::"
+            "test_a_coincidence_not_yet_seen_refutes_nothing[kernel]"
+        ),
+    ),
+    Plant(
+        "inner products of keys taken as exact",
+        "what is dropped of the keys' correlations is forgotten in a pattern's error",
+        "theory",
+        "theory/rules/softmax.py",
+        "np.asarray(norms + norms.cumsum() / count + moved)",
+        "np.asarray(norms + norms.cumsum() / count)",
+        _test("theory/test_repetition.py::test_patterns_over_few_words_know_what_they_miss"),
+    ),
+    Plant(
         "entries not paid for",
         "each entry is given the whole rate of a wrong REFUTED (Bonferroni forgotten)",
         "statistics",

@@ -342,3 +342,50 @@ def test_the_participation_of_repeated_ids_by_plain_draws(vocabulary):
     error = drawn.std() / np.sqrt(draws)
     assert abs(found.values[-1] - drawn.mean()) < found.remainder[-1] + 5 * error
     assert found.remainder[-1] < 0.02 * found.values[-1]
+
+
+@pytest.mark.parametrize("vocabulary", [2, 5])
+def test_patterns_over_few_words_know_what_they_miss(vocabulary):
+    """The second layer's keys are clusters: measured participations are within the remainder,
+    and beyond what would be left if the keys' correlations were exact."""
+    network = nope.decoder(64, 4, n_ctx=8, n_layers=2, d_ff=0, tokens=EmbeddingTokens(vocabulary))
+    question = nope.Question(
+        network, nope.init.normal(0.16), "blocks.1.attn.pattern", "second_moment"
+    )
+    found = theory.predict(question)
+    measured = montecarlo.measure(question, draws=3000, seed=1, device="cpu")
+    gap, error = np.abs(measured.mean - found.values), Z * measured.standard_error
+    assert (gap <= found.remainder + error + 1e-12).all()
+    assert (gap[-1] > error[-1]) or vocabulary > 2
+    assert (found.remainder[1:] < 0.6 * found.values[1:]).all()
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_one_word_is_one_vector_at_any_length(norm):
+    """A norm with eps reads one vector at every position: one moment, and one fluctuation."""
+    found = []
+    for n_ctx in (2, 8, 64):
+        network = nope.decoder(
+            8, 2, n_ctx=n_ctx, n_layers=2, norm=norm, eps=0.1, tokens=EmbeddingTokens(1)
+        )
+        question = nope.Question(network, nope.init.normal(0.3), "blocks.0.ln1", "kernel")
+        predicted = theory.predict(question)
+        assert np.ptp(predicted.values) < 1e-6 * predicted.values.max()
+        found.append(predicted.values[0, 0])
+        behind = theory.predict(nope.Question(network, question.init, "ln_final", "cosine"))
+        assert np.isfinite(behind.remainder).all()
+    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+
+
+def test_one_word_behind_a_bos_is_predicted():
+    """Two clusters of one vector each: whatever the remainder, it is a number."""
+    tokens = WithBos(EmbeddingTokens(1))
+    for n_ctx in (8, 64):
+        network = nope.decoder(
+            32, 4, n_ctx=n_ctx, n_layers=3, norm_position="post", tokens=tokens, eps=0.0
+        )
+        for place in ("blocks.1.attn.pattern", "blocks.2.ln2"):
+            asked = nope.Question(network, nope.init.normal(0.2), place, "mean_second_moment")
+            predicted = theory.predict(asked)
+            assert np.isfinite(predicted.values).all()
+            assert not np.isnan(predicted.remainder).any()

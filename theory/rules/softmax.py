@@ -216,20 +216,37 @@ def _participate(
     count = np.arange(1.0, n_ctx + 1)
     value = grown.numbers(count, variance, symbols)
     known = {**symbols, "m": count, "s2": variance, "f": value}
-    return _same_for_all_keys(value / count**2, _relative_error(lost, known, dropped, queries))
+    return _same_for_all_keys(value / count**2, _relative_error(lost, known, dropped, kernels))
 
 
 def _relative_error(
-    lost: Lost, known: Mapping[str, Any], dropped: np.ndarray, queries: np.ndarray
+    lost: Lost, known: Mapping[str, Any], dropped: np.ndarray, kernels: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Of each row: of the participation itself, and of the queries.
+    """Of each row: of the participation itself, and of s^2, which is of the queries and the keys.
 
     ln(m E sum a^2) grows as s^2 and then slower, so that a part of s^2 is at most this part of it
     (but for heads of one dimension, whose heavy tails add a quarter at s^2 = 1/3).
     """
     own = _numbers(lost(VARIANCE, VALUE, SLACK), known)
     moved = np.log(np.maximum(known[VALUE.name], 1.0))
-    return np.asarray(own + moved * np.diagonal(dropped) / np.diagonal(queries))
+    return np.asarray(own + moved * _relative_error_of_variance(dropped, *kernels))
+
+
+def _relative_error_of_variance(
+    dropped: np.ndarray, queries: np.ndarray, keys: np.ndarray
+) -> np.ndarray:
+    """Of s^2 = Q_mm (v - c): norms scale it, and what inner products have beyond them moves c.
+
+    Queries and keys are maps of one place, so what is dropped of both is relatively the same.
+    """
+    size, known = (np.sqrt(np.multiply.outer(x, x)) for x in map(np.diagonal, (queries, keys)))
+    relative = np.divide(dropped, size, out=np.zeros_like(size), where=size > 0)
+    norms, count = np.diagonal(relative), np.arange(1.0, len(keys) + 1)
+    beyond = known * np.maximum(relative - np.add.outer(norms, norms) / 2, 0.0)
+    common = 2 * np.tril(beyond, -1).sum(1).cumsum() / np.maximum(count * (count - 1), 1)
+    spread = Prefixed(keys).spread
+    moved = np.divide(common, spread, out=np.zeros_like(common), where=common > 0)
+    return np.asarray(norms + norms.cumsum() / count + moved)
 
 
 def _participate_copies(
@@ -247,12 +264,15 @@ def _participate_copies(
     count = np.arange(1.0, n_ctx + 1)
     variance = np.full(n_ctx, found.attention.variance)
     known = {**symbols, "m": count, "s2": variance, "f": count * value}
-    relative = error / value + _relative_error(lost, known, dropped, queries)
+    relative = error / value + _relative_error(lost, known, dropped, kernels)
     return _same_for_all_keys(value / count, relative)
 
 
 VARIANCE, VALUE, SLACK = sp.symbols("s2 f slack", nonnegative=True)
 """A logit's variance, m E sum a^2 and the keys' slack, where all are numbers."""
+
+MAPS = sp.Symbol("p", positive=True)
+"""As many random maps as the keys' correlations fluctuate like, in an algorithm's numbers."""
 
 Lost = Callable[[sp.Expr, sp.Expr, sp.Expr], sp.Expr]
 """What is dropped of m E sum a^2, relatively, from a logit's variance, that value and a slack."""
@@ -317,14 +337,15 @@ def pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
     """A/m at any temperature and width."""
     before = traits[_query_key(traits[operation.inputs[0]])[1]]
     freedom = _freedom(before) / sp.Integer(before.maps - 1)
+    width = 1 / freedom if before.independent else (MAPS - 1) / _freedom(before)
 
     def participation(s2: sp.Expr) -> sp.Expr:
         return m * outputs.participation(sp.sqrt(s2), freedom, _slack(before))
 
     def lost(s2: sp.Expr, value: sp.Expr, slack: sp.Expr) -> sp.Expr:
         own_key = slack * 2 * sp.log(value) / m
-        unlike = shapes if before.independent else shapes + 4 / freedom
-        return (own_key + unlike * sp.log(value) ** 2) / freedom
+        unlike = shapes if before.independent else shapes + 4 * width
+        return (own_key + unlike * sp.log(value) ** 2) * width
 
     shapes = sum(_shape(traits[name]) for name in _query_key(traits[operation.inputs[0]]))
     grown = TabulatedGrowth(participation, before)
