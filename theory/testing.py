@@ -176,6 +176,25 @@ class KernelContract(Simulated):
                 f"{tuple(int(k) + 1 for k in worst)}, got {values[worst]:.5g} from its rule"
             )
 
+    def test_sizes_are_those_of_the_simulation(self) -> None:
+        """E x^2 averaged over positions: a factor that all have shows before that of one entry."""
+        for place, found in self.predictions.items():
+            drawn = self.simulated[place].values
+            own, values, remainder = (
+                self._sizes(place, each) for each in (drawn, found.values, found.remainder)
+            )
+            ratio = Draws((own / values).mean(1, keepdims=True))
+            allowed = float(ratio.error[0] + (remainder / values).mean()) + 1e-9
+            assert abs(float(ratio.mean[0]) - 1) <= allowed, (
+                f"expected E x^2 at {place} to be {float(ratio.mean[0]):.4g} +- {allowed:.2g} "
+                "times what its rule says, averaged over positions, got 1"
+            )
+
+    def _sizes(self, place: str, array: np.ndarray) -> np.ndarray:
+        """E x^2 by position, of arrays of the shape of `question` on the last axes."""
+        paired = self.question(place).kind.shape == "pairs"
+        return np.diagonal(array, axis1=-2, axis2=-1) if paired else array
+
     def test_the_simulation_can_tell(self) -> None:
         """Its error is at most `widest` of what it estimates, so that agreement says something."""
         for place, found in self.predictions.items():
