@@ -200,7 +200,8 @@ WIDE = strategies.architectures(
 def test_what_width_adds_falls_as_one_over_d(question):
     """Each doubling of d leaves half of what there is to the limit, which two widths give.
 
-    Richardson's extrapolation of d and 2d, and of 2d and 4d, meet to the next order.
+    Richardson's extrapolation of d and 2d, and of 2d and 4d, meet to the next order: 1/d of what
+    all entries have, d at least 128, also where an entry's own 1/d term nearly cancels.
     """
     values = [
         predicted(replace(question, architecture=wide(question.architecture, times))).values
@@ -208,7 +209,8 @@ def test_what_width_adds_falls_as_one_over_d(question):
     ]
     first, second = (values[1] - values[0]), (values[2] - values[1])
     judged = question.judged
-    assert np.allclose(first[judged], 2 * second[judged], rtol=0.1, atol=1e-9)
+    next_order = 4 / 128 * np.abs(first[judged]).max(initial=0.0)
+    assert np.allclose(first[judged], 2 * second[judged], rtol=0.1, atol=next_order + 1e-9)
 
 
 @EXAMPLES
