@@ -543,7 +543,8 @@ def averages(passage: Passage) -> tuple[Fluctuation, None]:
     """Of a prefix mean and of attention; tokens where nothing is read."""
     at, after = passage.positions, passage.after
     if not passage.fluctuations:
-        return tokens(passage.numbers["d"], np.equal(*at), after.correlation), None
+        share = np.minimum(after.mn / after.size, 1.0)
+        return tokens(passage.numbers["d"], np.equal(*at), share), None
     values = passage.kernels[0]
     mean = averaged(passage.fluctuations[0], values, after, *at)
     if len(passage.kernels) < 3:

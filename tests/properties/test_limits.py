@@ -200,17 +200,17 @@ WIDE = strategies.architectures(
 def test_what_width_adds_falls_as_one_over_d(question):
     """Each doubling of d leaves half of what there is to the limit, which two widths give.
 
-    Richardson's extrapolation of d and 2d, and of 2d and 4d, meet to the next order: 1/d of what
-    all entries have, d at least 128, also where an entry's own 1/d term nearly cancels.
+    Richardson's extrapolation of d and 2d, and of 2d and 4d, meet to the next order; where an
+    entry's own 1/d term nearly cancels that is seen, and a doubling leaves a quarter of it.
     """
     values = [
         predicted(replace(question, architecture=wide(question.architecture, times))).values
-        for times in (16, 32, 64)
+        for times in (16, 32, 64, 128)
     ]
-    first, second = (values[1] - values[0]), (values[2] - values[1])
-    judged = question.judged
-    next_order = 4 / 128 * np.abs(first[judged]).max(initial=0.0)
-    assert np.allclose(first[judged], 2 * second[judged], rtol=0.1, atol=next_order + 1e-9)
+    steps = np.diff([each[question.judged] for each in values], axis=0)
+    left = np.abs(steps[:-1] - 2 * steps[1:])
+    halved = left[0] <= 0.1 * np.abs(steps[0]) + 1e-9
+    assert (halved | (left[1] <= 0.3 * left[0])).all()
 
 
 @EXAMPLES

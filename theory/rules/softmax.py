@@ -216,7 +216,28 @@ def _participate(
     count = np.arange(1.0, n_ctx + 1)
     value = grown.numbers(count, variance, symbols)
     known = {**symbols, "m": count, "s2": variance, "f": value}
-    return _same_for_all_keys(value / count**2, _relative_error(lost, known, dropped, kernels))
+    relative = _relative_error(lost, known, dropped, kernels) + _unlike(value, keys)
+    return _same_for_all_keys(value / count**2, relative)
+
+
+def _unlike(value: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """What keys that are not exchangeable leave of m E sum a^2, relatively; at most m - 1.
+
+    The variance s^2 of a logit is that of a mean pair of keys; by one pair alone it is s^2 r.  One
+    key unlike all others, r = m/2 for its pairs, has (e^(4u) - 2 e^u + 1)/m beyond 1, u = s^2 r: to
+    second order 7/2 s^4 Var r more than is predicted, and e^(4u) beyond.  Two clusters of equal
+    size have 5/2 s^4 Var r less.
+    """
+    below, count = np.tri(len(keys), k=-1, dtype=bool), np.arange(1.0, len(keys) + 1)
+    pairs = np.maximum(count * (count - 1) / 2, 1)
+    mean, square = (np.where(below, keys**power, 0.0).sum(1).cumsum() / pairs for power in (1, 2))
+    least = np.minimum.accumulate(np.where(below, keys, np.inf).min(1))
+    spread, s2 = Prefixed(keys).spread, np.log(np.maximum(value, 1.0))
+    step = np.divide(s2, spread, out=np.zeros_like(s2), where=spread > 0)
+    u = 4 * step * np.maximum(mean - least, 0.0)
+    beyond = np.divide(2 * (np.expm1(u) - u), u**2, out=np.ones_like(u), where=u > 1e-4)
+    second = step**2 * np.maximum(square - mean**2, 0.0)
+    return np.asarray(np.minimum(7 / 2 * second * beyond, count - 1))
 
 
 def _relative_error(
