@@ -613,10 +613,7 @@ _STATISTICS = (
         "montecarlo/evidence.py",
         "if self._may_repeat:",
         "if False:",
-        _test(
-            "montecarlo/test_false_alarms.py::"
-            "test_a_coincidence_not_yet_seen_refutes_nothing[kernel]"
-        ),
+        _test("montecarlo/test_false_alarms.py::test_a_coincidence_not_yet_seen_refutes_nothing"),
     ),
     Plant(
         "inner products of keys taken as exact",
