@@ -182,7 +182,7 @@ def _computed_blocks(group: Group, asked: _Task, conditions: Conditions, origin:
     Workers whose bits would be others refuse.  Threads of one process take turns, since the
     settings of `sampler.one_thread` are the process's.
     """
-    here = Origin.here(conditions.device)
+    here = Origin.here(conditions.device).making(group.architecture, group.init)
     expect(here == origin, f"workers of one kind, {origin}", here, "start all from one code")
     with _ALONE:
         begin = time.perf_counter()
@@ -269,9 +269,10 @@ def begin(
     memory.require_memory(groups, conditions, together)
     origin = Origin.here(conditions.device)
     for group, questions in groups.items():
+        making = origin.making(group.architecture, group.init)
         for number in range(-(-confidence.FIRST_LOOK // group.block_size)):
             task = ((number, tuple(questions)),)
-            ahead.begin(_computed_blocks, group, task, conditions, origin)
+            ahead.begin(_computed_blocks, group, task, conditions, making)
 
 
 def _raise(asked: Asked, error: Exception) -> None:
@@ -423,7 +424,9 @@ class Campaign:
             parts.append(self._part(stream))
         heappush(self._turns, stream.turn)
         asked = tuple((part.number, part.missing) for part in parts)
-        task = (stream.group, asked, self.conditions, origin)
+        group = stream.group
+        making = origin.making(group.architecture, group.init)
+        task = (group, asked, self.conditions, making)
         return {running.executor.submit(_computed_blocks, *task): _Flight(stream, parts, room)}
 
     def _part(self, stream: _Stream) -> _Part:

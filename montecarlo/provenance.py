@@ -12,7 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from functools import cache, cached_property
 from hashlib import blake2b
 from itertools import chain
@@ -63,6 +63,14 @@ class Origin:
     def here(cls, device: str) -> Origin:
         """That of blocks which this process computes on a torch device."""
         return cls(SOURCES, BUILD, _kind(resolve_device(device)))
+
+    def making(self, *parts: object) -> Origin:
+        """The same with the sources, here, of what `parts` are made of: a plugin's may differ."""
+        try:
+            told = describe(parts)
+        except TypeError:  # nothing of it is kept
+            return self
+        return replace(self, sources=digest_of([self.sources.encode(), told.encode()]))
 
 
 def _kind(device: torch.device) -> str:

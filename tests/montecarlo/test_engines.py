@@ -30,6 +30,7 @@ from montecarlo import (
     engines,
     measure,
     memory,
+    provenance,
     sampler,
 )
 from montecarlo.provenance import Origin
@@ -220,6 +221,24 @@ def test_workers_of_another_kind_are_refused():
             )
 
 
+def test_workers_with_another_version_of_a_plugin_are_refused(monkeypatch):
+    """What a question's classes are made of counts where they are used, and nowhere else."""
+    plain, foreign = ASKED[0], replace(ASKED[0], init=Noting())
+    tasks = {}
+    for question in (plain, foreign):
+        group = Group.of(question)
+        making = Origin.here("cpu").making(group.architecture, group.init)
+        tasks[question] = group, [(0, [question])], Conditions(), making
+    known = provenance._class
+    foreign_now = f"{known(Noting)} of another version"
+    monkeypatch.setattr(
+        provenance, "_class", lambda kind: foreign_now if kind is Noting else known(kind)
+    )
+    assert campaign._computed_blocks(*tasks[plain]).found[0]
+    with pytest.raises(ValueError, match="expected workers of one kind"):
+        campaign._computed_blocks(*tasks[foreign])
+
+
 @dataclass(frozen=True)
 class Noting:
     """Normal weights, noting how many blocks are drawn at once, and on how many torch threads."""
@@ -246,7 +265,7 @@ def test_threads_of_one_worker_take_turns():
     torch.set_num_threads(2)
     try:
         with ThreadPoolExecutor(3) as executor:
-            here = Origin.here("cpu")
+            here = Origin.here("cpu").making(group.architecture, group.init)
             sent = [
                 executor.submit(
                     campaign._computed_blocks, group, [(k, [question])], Conditions(), here
