@@ -110,17 +110,6 @@ class Second:
     size: Gram
     slopes: tuple[np.ndarray, ...]
 
-    def within(self, leading: Gram) -> Second:
-        """The same, off the diagonal no further than Cauchy and Schwarz let a kernel be.
-
-        Where vectors are nearly one (a single word and a BOS) the covariance that leading orders
-        give is larger than 1 - rho^2 allows.
-        """
-        whole = Gram(leading.mm + self.term.mm, leading.nn + self.term.nn, leading.mn)
-        room = np.maximum(whole.size, np.abs(leading.mn))
-        term = np.clip(self.term.mn, -room - leading.mn, room - leading.mn)
-        return replace(self, term=replace(self.term, mn=term))
-
 
 Entries = tuple[np.ndarray | float, np.ndarray | float, np.ndarray]
 """K_mm, K_nn and K_mn."""

@@ -18,7 +18,6 @@ import sympy as sp
 
 from nope.questions import position_grid
 from theory.fluctuations import (
-    NEAR,
     Fluctuation,
     Gram,
     Passage,
@@ -301,8 +300,8 @@ class KernelValues:
             return float(self._rules[source].traits.maps)  # the ids are treated as given
         rho = self._gram(source, self.kernel).correlation
         width = correlation_width(self._passed(source)[0].inherited, rho)
-        apart = np.not_equal(*self._grid_positions) & (rho < NEAR)  # one vector has one logit
-        return 1.0 + self._symbols[source]["d"] * float(width[apart].mean() if apart.any() else 0.0)
+        apart = np.not_equal(*self._grid_positions)
+        return 1.0 + self._symbols[source]["d"] * float(np.mean(width[apart]))
 
     def _slack(self, rule: Rule, maps: float) -> float:
         """Half the relative variance of the first source's norms, before its own map, in units of
@@ -353,8 +352,7 @@ class KernelValues:
                 self._symbols[place],
                 self._on_grid(self._own_excess(place)),
             )
-            moved, second = rule.fluctuates(passage)
-            self._fluctuations[place] = moved, second and second.within(passage.after)
+            self._fluctuations[place] = rule.fluctuates(passage)
         return self._fluctuations[place]
 
     def _gram(self, place: str, values: Callable[[str, View], np.ndarray]) -> Gram:
