@@ -182,7 +182,7 @@ def _computed_blocks(group: Group, asked: _Task, conditions: Conditions, origin:
     Workers whose bits would be others refuse.  Threads of one process take turns, since the
     settings of `sampler.one_thread` are the process's.
     """
-    here = Origin.here(conditions.device).making(group.architecture, group.init)
+    here = Origin.here(conditions.device).making(group)
     expect(here == origin, f"workers of one kind, {origin}", here, "start all from one code")
     with _ALONE:
         begin = time.perf_counter()
@@ -269,7 +269,7 @@ def begin(
     memory.require_memory(groups, conditions, together)
     origin = Origin.here(conditions.device)
     for group, questions in groups.items():
-        making = origin.making(group.architecture, group.init)
+        making = origin.making(group)
         for number in range(-(-confidence.FIRST_LOOK // group.block_size)):
             task = ((number, tuple(questions)),)
             ahead.begin(_computed_blocks, group, task, conditions, making)
@@ -424,9 +424,7 @@ class Campaign:
             parts.append(self._part(stream))
         heappush(self._turns, stream.turn)
         asked = tuple((part.number, part.missing) for part in parts)
-        group = stream.group
-        making = origin.making(group.architecture, group.init)
-        task = (group, asked, self.conditions, making)
+        task = (stream.group, asked, self.conditions, origin.making(stream.group))
         return {running.executor.submit(_computed_blocks, *task): _Flight(stream, parts, room)}
 
     def _part(self, stream: _Stream) -> _Part:

@@ -24,7 +24,7 @@ import numpy as np
 import scipy
 import torch
 
-from montecarlo.sampler import Conditions
+from montecarlo.sampler import Conditions, Group
 from nope.devices import resolve_device
 from nope.questions import Question
 
@@ -64,10 +64,10 @@ class Origin:
         """That of blocks which this process computes on a torch device."""
         return cls(SOURCES, BUILD, _kind(resolve_device(device)))
 
-    def making(self, *parts: object) -> Origin:
-        """The same with the sources, here, of what `parts` are made of: a plugin's may differ."""
+    def making(self, group: Group) -> Origin:
+        """The same with the sources, here, of what a group is made of: a plugin's may differ."""
         try:
-            told = describe(parts)
+            told = describe((group.architecture, group.init))
         except TypeError:  # nothing of it is kept
             return self
         return replace(self, sources=digest_of([self.sources.encode(), told.encode()]))

@@ -227,7 +227,7 @@ def test_workers_with_another_version_of_a_plugin_are_refused(monkeypatch):
     tasks = {}
     for question in (plain, foreign):
         group = Group.of(question)
-        making = Origin.here("cpu").making(group.architecture, group.init)
+        making = Origin.here("cpu").making(group)
         tasks[question] = group, [(0, [question])], Conditions(), making
     known = provenance._class
     foreign_now = f"{known(Noting)} of another version"
@@ -265,7 +265,7 @@ def test_threads_of_one_worker_take_turns():
     torch.set_num_threads(2)
     try:
         with ThreadPoolExecutor(3) as executor:
-            here = Origin.here("cpu").making(group.architecture, group.init)
+            here = Origin.here("cpu").making(group)
             sent = [
                 executor.submit(
                     campaign._computed_blocks, group, [(k, [question])], Conditions(), here

@@ -228,16 +228,22 @@ def _unlike(value: np.ndarray, keys: np.ndarray) -> np.ndarray:
     second order 7/2 s^4 Var r more than is predicted, and e^(4u) beyond.  Two clusters of equal
     size have 5/2 s^4 Var r less.
     """
-    below, count = np.tri(len(keys), k=-1, dtype=bool), np.arange(1.0, len(keys) + 1)
-    pairs = np.maximum(count * (count - 1) / 2, 1)
-    mean, square = (np.where(below, keys**power, 0.0).sum(1).cumsum() / pairs for power in (1, 2))
+    mean, square = _over_pairs(keys), _over_pairs(keys**2)
+    below = np.tri(len(keys), k=-1, dtype=bool)
     least = np.minimum.accumulate(np.where(below, keys, np.inf).min(1))
     spread, s2 = Prefixed(keys).spread, np.log(np.maximum(value, 1.0))
     step = np.divide(s2, spread, out=np.zeros_like(s2), where=spread > 0)
     u = 4 * step * np.maximum(mean - least, 0.0)
     beyond = np.divide(2 * (np.expm1(u) - u), u**2, out=np.ones_like(u), where=u > 1e-4)
     second = step**2 * np.maximum(square - mean**2, 0.0)
-    return np.asarray(np.minimum(7 / 2 * second * beyond, count - 1))
+    return np.asarray(np.minimum(7 / 2 * second * beyond, np.arange(len(keys))))
+
+
+def _over_pairs(matrix: np.ndarray) -> np.ndarray:
+    """The mean over the pairs i < j <= m, for all m; 0 where there is none."""
+    count = np.arange(1.0, len(matrix) + 1)
+    sums = np.tril(matrix, -1).sum(1).cumsum()
+    return np.asarray(sums / np.maximum(count * (count - 1) / 2, 1))
 
 
 def _relative_error(
@@ -264,8 +270,7 @@ def _relative_error_of_variance(
     relative = np.divide(dropped, size, out=np.zeros_like(size), where=size > 0)
     norms, count = np.diagonal(relative), np.arange(1.0, len(keys) + 1)
     beyond = known * np.maximum(relative - np.add.outer(norms, norms) / 2, 0.0)
-    common = 2 * np.tril(beyond, -1).sum(1).cumsum() / np.maximum(count * (count - 1), 1)
-    spread = Prefixed(keys).spread
+    common, spread = _over_pairs(beyond), Prefixed(keys).spread
     moved = np.divide(common, spread, out=np.zeros_like(common), where=common > 0)
     return np.asarray(norms + norms.cumsum() / count + moved)
 
