@@ -21,10 +21,10 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from statistics import NormalDist
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -221,13 +221,10 @@ def entries(kind: str, classes: Iterable[type]) -> list[str]:
     return sorted(f"{kind} {each.__name__}" for each in classes if each is not object)
 
 
-def defined_in(namespace: Mapping[str, Any], fits: Callable[[type], bool]) -> list[type]:
-    """The frozen dataclasses that a module defines and that fit."""
+def defined_in(module: ModuleType) -> list[type]:
+    """The dataclasses that a module defines itself."""
     return [
         value
-        for value in namespace.values()
-        if isinstance(value, type)
-        and is_dataclass(value)
-        and value.__module__ == namespace["__name__"]
-        and fits(value)
+        for value in vars(module).values()
+        if isinstance(value, type) and is_dataclass(value) and value.__module__ == module.__name__
     ]

@@ -158,17 +158,19 @@ def registered() -> tuple[Plugin, ...]:
     return (*layers(), *entered())
 
 
-def contracts() -> list[type[Contract]]:
-    """The contracts of the plugins, what they cover being registered.
+def holding() -> tuple[Plugin, ...]:
+    """The modules of `nope.contracts`, what they hold being registered."""
+    registered()
+    return tuple(plugin.read(_module) for plugin in load(CONTRACTS))
 
-    Raises `ImportError` where one cannot be read: what is installed and cannot be held to its
-    definition is no pass.
+
+def contracts() -> list[type[Contract]]:
+    """The contracts of the plugins that work.
+
+    What is installed and cannot be held to its definition is no pass: a suite that holds these
+    also asks that no `trouble` is in `registered()` and `holding()`.
     """
     from nope.contracts import contracts_in
 
-    registered()
-    modules = [plugin.read(_module) for plugin in load(CONTRACTS)]
-    for plugin in modules:
-        if plugin.trouble:
-            raise ImportError(plugin.trouble)
-    return [contract for plugin in modules for contract in contracts_in(vars(plugin.given))]
+    modules = [plugin.given for plugin in holding() if not plugin.trouble]
+    return [contract for module in modules for contract in contracts_in(vars(module))]

@@ -120,17 +120,22 @@ def schemes(
 ) -> st.SearchStrategy[Scheme]:
     """What `constructors` make of these standard deviations and gains.
 
-    By default those of `nope.init.SCHEMES`, and `VarianceScaling`.  `others` are values of other
-    arguments that constructors have, as `cut=(2.0, 3.0)`.  Raises `ValueError` for one that none
-    of them has.
+    By default all of `nope.init`; a plugin's schemes are drawn where they are named, as their names
+    are not in `NAMES`.  `others` are values of other arguments that constructors have, as
+    `cut=(2.0, 3.0)`.  Raises `ValueError` for one that none of them has.
     """
-    made = (*init.SCHEMES.values(), init.VarianceScaling) if constructors is None else constructors
+    made = CONSTRUCTORS if constructors is None else constructors
     known = {name for each in made for name in inspect.signature(each).parameters}
     expect(known.issuperset(others), f"arguments of {sorted(known)}", list(others), "rename them")
     values = {**ARGUMENTS, "std": std, "gain": gain, **others}
     return st.one_of([_made(constructor, values) for constructor in made])
 
 
+CONSTRUCTORS: Sequence[Callable[..., Scheme]] = (
+    *(each for each in init.SCHEMES.values() if each.__module__ == init.__name__),
+    init.VarianceScaling,
+)
+"""Of every scheme of `nope.init`."""
 ARGUMENTS: Mapping[str, Sequence[Any]] = {
     "cut": (2.0, 1.0, 10.0),
     "mode": tuple(init.FANS),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import nope.layers
 import nope.tokens
+from nope import plugins
 from nope.architecture import Architecture, decoder
 from nope.contracts import (
     ERROR_RATE,
@@ -61,18 +62,30 @@ __all__ = [
 CPU = torch.device("cpu")
 
 
-def _parts(layer: Any) -> Iterator[type]:
-    """The layer's class and those of the layers in it."""
-    yield type(layer)
+NAMED: Mapping[type, tuple[str, Iterable[str]]] = {
+    nope.layers.Norm: ("kind", nope.layers.NORMS),
+    nope.layers.Attention: ("kind", nope.layers.ATTENTION_KINDS),
+    nope.layers.MLP: ("activation", nope.layers.ACTIVATIONS),
+}
+"""Layers that are several, by the names that a field of theirs has."""
+
+
+def _parts(layer: Any) -> Iterator[Any]:
+    """The layer and those in it."""
+    yield layer
     for inner in (*getattr(layer, "layers", ()), *filter(None, [getattr(layer, "branch", None)])):
         yield from _parts(inner)
+
+
+def _named(layer: Any) -> str:
+    return f"layer {type(layer).__name__} {getattr(layer, NAMED[type(layer)][0])}"
 
 
 class LayerContract(Simulated):
     """A layer, or tokens: the torch module is `plain`, draw by draw, in float64.
 
-    `causal` says that no output depends on later positions.  Covers the layer's class, its
-    tokens' and every operation it is made of.
+    `causal` says that no output depends on later positions.  Covers the layer's class and
+    kind by name, its tokens' class and every operation it is made of.
     """
 
     causal: ClassVar[bool] = True
@@ -81,20 +94,26 @@ class LayerContract(Simulated):
 
     @classmethod
     def registered(cls) -> list[str]:
-        """Operations with a torch module, the layers of `nope.layers`, the tokens."""
-        layers = defined_in(vars(nope.layers), lambda found: hasattr(found, "operations"))
-        tokens = defined_in(vars(nope.tokens), lambda found: hasattr(found, "draw"))
+        """Operations with a torch module; layers and tokens, ours and of plugins' modules."""
+        added = [plugin.given for plugin in plugins.layers() if not plugin.trouble]
+        kinds = [kind for each in (nope.layers, nope.tokens, *added) for kind in defined_in(each)]
         return [
             *entries("operation", apply.registry),
-            *entries("layer", layers),
-            *entries("tokens", tokens),
+            *entries("layer", [kind for kind in kinds if hasattr(kind, "operations")]),
+            *(
+                f"layer {each.__name__} {name}"
+                for each, (_, names) in NAMED.items()
+                for name in names
+            ),
+            *entries("tokens", [kind for kind in kinds if hasattr(kind, "draw")]),
         ]
 
     @classmethod
     def covers(cls) -> list[str]:
         return [
             *entries("operation", {type(operation) for operation in cls.operations()}),
-            *entries("layer", set(_parts(cls.layer))),
+            *entries("layer", {type(part) for part in _parts(cls.layer)}),
+            *(_named(part) for part in _parts(cls.layer) if type(part) in NAMED),
             *entries("tokens", {type(cls.tokens)}),
         ]
 

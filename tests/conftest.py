@@ -1,6 +1,7 @@
 """One thread, no luck and no cache: every test computes the same numbers on every run.
 
-The Hypothesis profile `nightly` draws other examples each time, and many more.
+The Hypothesis profile `nightly` draws other examples each time, and many more.  What a test records
+as its `summary` is told at the end, though it passed.
 """
 
 import os
@@ -13,3 +14,11 @@ torch.set_num_threads(1)
 settings.register_profile("fast", derandomize=True, deadline=None, max_examples=40)
 settings.register_profile("nightly", deadline=None, max_examples=300, print_blob=True)
 settings.load_profile("fast")  # `pytest --hypothesis-profile=nightly` loads the other afterwards
+
+
+def pytest_terminal_summary(terminalreporter):
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for name, told in report.user_properties:
+                if name == "summary":
+                    terminalreporter.write_line(told)

@@ -165,6 +165,7 @@ class TestStreamAfterAttention(LawContract):
 PHI = {
     "relu": lambda x: np.maximum(x, 0),
     "gelu": lambda x: x * special.ndtr(x),
+    "gelu_tanh": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "silu": lambda x: x * special.expit(x),
     "tanh": np.tanh,
     "erf": special.erf,
@@ -188,7 +189,7 @@ class GatedUnit(HiddenUnit):
         return PHI[GATES[self.function]](gate) * unit
 
 
-for name in (*PHI, *GATES):
+for name in nope.layers.ACTIVATIONS:
     globals()[f"Test_{name}"] = (GatedUnit if name in GATES else HiddenUnit).named(
         name, function=name, question=question("mlp.post", LN, nope.MLP(5, name))
     )

@@ -15,8 +15,9 @@ from scipy import special
 
 import nope
 from nope import plugins
+from nope.layers import NORMS
 from nope.operations import Operation
-from nope.testing import LayerContract, contracts_in, uncovered
+from nope.testing import NAMED, LayerContract, contracts_in, uncovered
 from nope.tokens import TextTokens
 from nope.transformer import apply
 from theory.rules import rule_for
@@ -266,6 +267,13 @@ def test_an_operation_without_a_contract_is_named(monkeypatch):
         ]
 
 
+def test_a_kind_without_a_contract_is_named(monkeypatch):
+    """A layer that is several by name is covered under each name."""
+    monkeypatch.setitem(NAMED, nope.Norm, ("kind", (*NORMS, "batchnorm")))
+    (line,) = uncovered(LayerContract, CONTRACTS)
+    assert line.startswith("expected a contract for layer Norm batchnorm, got none")
+
+
 # ---------------------------------------------------------------------- contracts notice errors
 
 
@@ -324,7 +332,7 @@ PLACE, LATER = (
         (held(KernelContract, CausalMean,
               plain=lambda self, x, w: {"mean": 1.016 * prefix_means(x)}),
          {"test_sizes_are_those_of_the_simulation"}),
-        (held(KernelContract, CausalMean, predicted=False), {"test_the_output_has_a_kernel"}),
+        (held(KernelContract, CausalMean, predicted=False), {"test_every_place_has_a_kernel"}),
     ],
 )  # fmt: skip
 def test_a_contract_fails_in_the_check_that_is_about_it(contract, caught):

@@ -10,6 +10,7 @@ import pytest
 from nope import plugins
 from nope.init import SCHEMES, Same
 from nope.plugins import CONTRACTS, LAYERS, OF_SCHEMES, PluginWarning
+from nope.testing import LayerContract
 
 Install = Callable[..., None]
 
@@ -106,15 +107,35 @@ def test_a_scheme_does_not_take_the_name_of_another(install):
     assert plugins.schemes()["wide"] is first.given
 
 
-def test_contracts_are_found_and_a_broken_one_is_no_pass(install):
-    """What is installed and cannot be held to its definition fails."""
+def test_contracts_are_found_and_a_broken_one_is_named(install):
+    """It does not stop the others."""
     held = "from nope.contracts import Contract\nclass TestIt(Contract):\n    pass\n"
     install("plug_held", CONTRACTS, {"held": "plug_held"}, held)
-    assert [contract.__name__ for contract in plugins.contracts()] == ["TestIt"]
     install("plug_unheld", CONTRACTS, {"unheld": "plug_unheld"}, "import no_such_package")
-    forget()
-    with pytest.raises(ImportError, match=r"plug_unheld 1\.0"):
-        plugins.contracts()
+    assert [contract.__name__ for contract in plugins.contracts()] == ["TestIt"]
+    good, bad = plugins.holding()
+    assert not good.trouble
+    assert bad.trouble.startswith("expected the plugin unheld of plug_unheld 1.0 (nope.contracts)")
+
+
+UNHELD = """
+from dataclasses import dataclass
+import nope
+@dataclass(frozen=True)
+class Pair:
+    def operations(self, scope, source):
+        yield from nope.Norm("ln").operations(scope, source)
+@dataclass(frozen=True)
+class Ones:
+    def draw(self, source, shape):
+        ...
+"""
+
+
+def test_a_layer_and_tokens_of_a_plugin_need_a_contract(install):
+    """Though they are made of operations that have one."""
+    install("plug_unheld", LAYERS, {"unheld": "plug_unheld"}, UNHELD)
+    assert {"layer Pair", "tokens Ones"} <= set(LayerContract.registered())
 
 
 def test_what_is_found_is_imported_once(install):

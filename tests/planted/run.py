@@ -36,7 +36,7 @@ SILENT, NOTICED = 0, 1
 """Exit status of a catcher, a test as well as a verdict; any other is no answer."""
 SECONDS = 300
 """A catcher that takes longer has not answered."""
-MOST_WORDS = 200
+MOST_CHARACTERS = 200
 """Characters of an answer that are kept."""
 AT_ONCE = min(2, os.cpu_count() or 1)
 
@@ -105,7 +105,7 @@ def last_words(output: str) -> str:
     failed = (line for line in lines if line.startswith(("FAILED ", "ERROR ")))
     judged = (line for line in lines if line.startswith(("chi2023", "zuo2025")) and "│" in line)
     told = next(failed, None) or next(judged, None) or (lines or [""])[-1]
-    return " ".join(told.replace("│", " ").split(r"\n")[0].split())[:MOST_WORDS]
+    return " ".join(told.replace("│", " ").split(r"\n")[0].split())[:MOST_CHARACTERS]
 
 
 def planted(plant: Plant) -> Answer:

@@ -71,13 +71,16 @@ def relative_gap(question, one, other):
     strategies.questions(
         strategies.architectures(**SMALL, depths=(1, 2)),
         strategies.schemes(constructors=(init.normal, init.gpt2), std=(1e-4,)),
-        places=PLACES,
+        places=("*.attn.z", "*.attn_out"),
         observables=VECTORS,
     ),
     st.sampled_from(("first_order", "any_temperature", "best")),
 )
 def test_vanishing_logits_give_uniform_attention(question, fidelity):
-    """s^2 below 1e-10: what is predicted is what is predicted of a_mn = 1/m, on another way."""
+    """s^2 below 1e-10: what is predicted is what is predicted of a_mn = 1/m, on another way.
+
+    Of the branch alone: at such weights a stream is what it was before.
+    """
     limit = predicted(uniform(question)).values
     assert relative_gap(question, limit, predicted(question, fidelity).values) <= 1e-7
 
@@ -90,12 +93,13 @@ def test_vanishing_logits_give_uniform_attention(question, fidelity):
         places=PLACES,
         observables=("second_moment", "kurtosis"),
     ),
-    st.sampled_from(("uniform", "first_order", "any_temperature", "best")),
+    st.sampled_from(("first_order", "any_temperature", "best")),
 )
 def test_the_first_position_is_exact_at_every_fidelity(question, fidelity):
-    """m = 1: one key, whatever its logit."""
+    """m = 1: one key, whatever its logit, and nothing is dropped that 1/m does not drop."""
     expected, found = predicted(uniform(question)), predicted(question, fidelity)
     assert np.allclose(found.values, expected.values, rtol=1e-9, atol=0.0)
+    assert np.allclose(found.remainder, expected.remainder, rtol=1e-6, atol=1e-9 * found.values)
 
 
 ORDERS = {"uniform": 1, "first_order": 2}
@@ -231,7 +235,7 @@ def test_what_width_adds_falls_as_one_over_d(question):
     )
 )
 def test_infinite_width_is_the_symbolic_derivation(question):
-    """The derived kernel at d = 2^20, evaluated by SymPy to 30 digits, is the prediction there."""
+    """The derived kernel at d >= 2^20, by SymPy to 30 digits, is the prediction there."""
     at = replace(question, architecture=wide(question.architecture, 2**20 // 8))
     derivation = derive(at.architecture, at.init, at.place)
     kernel = derivation.result
