@@ -585,7 +585,7 @@ def test_temperatures_out_of_reach_are_refused(monkeypatch):
     with pytest.raises(NotImplementedError, match=r"up to 300, got 301; lower s"):
         Participation.numbers(2, 301.0)
     monkeypatch.setattr(softmax_table, "DEGREES", (8,))
-    with pytest.raises(ValueError, match=r"up to 8, got more; lower s_max"):
+    with pytest.raises(NotImplementedError, match=r"of degree 8 follows, got others; lower s_max"):
         ParticipationTable(7, 2.0, Logits(32))(1, 0.0)
 
 

@@ -97,7 +97,7 @@ def _interpolate(function: Any) -> np.ndarray:
     """Chebyshev coefficients of a function from points x in [-1, 1] to rows of numbers.
 
     The degree doubles until the last eighth of the coefficients is below `DROPPED`, then what
-    is below it at the end goes.  Raises `ValueError` where no degree is enough.
+    is below it at the end goes.  Raises `NotImplementedError` where no degree is enough.
     """
     for degree in DEGREES:
         points = chebyshev.chebpts1(degree + 1)
@@ -107,7 +107,9 @@ def _interpolate(function: Any) -> np.ndarray:
         large = np.flatnonzero(np.abs(coefficients).max(axis=1) > DROPPED).max(initial=0)
         if large < degree - degree // 8:
             return coefficients[: large + 1]
-    raise ValueError(f"expected a Chebyshev degree up to {degree}, got more; lower s_max")
+    raise NotImplementedError(
+        f"expected logits that a series of degree {degree} follows, got others; lower s_max"
+    )
 
 
 class Tabulated:
