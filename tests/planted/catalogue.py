@@ -298,6 +298,15 @@ _THEORY = (
         'return None if above is None or code is None else above / "entries"',
         _test("theory/test_cache.py::test_processes_share_entries_until_the_code_changes"),
     ),
+    Plant(
+        "inner products of keys taken as exact",
+        "what is dropped of the keys' correlations is forgotten in a pattern's error",
+        "theory",
+        "theory/rules/softmax.py",
+        "np.asarray(norms + norms.cumsum() / count + moved)",
+        "np.asarray(norms + norms.cumsum() / count)",
+        _test("theory/test_repetition.py::test_patterns_over_few_words_know_what_they_miss"),
+    ),
 )
 
 _LAYERS = (
@@ -614,15 +623,6 @@ _STATISTICS = (
         "if self._may_repeat:",
         "if False:",
         _test("montecarlo/test_false_alarms.py::test_a_coincidence_not_yet_seen_refutes_nothing"),
-    ),
-    Plant(
-        "inner products of keys taken as exact",
-        "what is dropped of the keys' correlations is forgotten in a pattern's error",
-        "theory",
-        "theory/rules/softmax.py",
-        "np.asarray(norms + norms.cumsum() / count + moved)",
-        "np.asarray(norms + norms.cumsum() / count)",
-        _test("theory/test_repetition.py::test_patterns_over_few_words_know_what_they_miss"),
     ),
     Plant(
         "entries not paid for",
