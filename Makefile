@@ -25,7 +25,7 @@ mutants: $(READY)  ## change the statistics one operator at a time: its tests mu
 	$(BIN)/python -m pip install --quiet 'cosmic-ray>=8.4'
 	$(BIN)/python -m tests.mutation
 
-test-nightly: $(READY)  ## thousands of drawn architectures, theory against layers; HOURS
+test-nightly: $(READY)  ## thousands of drawn architectures, theory against layers; two hours
 	$(BIN)/pytest tests/properties --hypothesis-profile=nightly -n auto --dist worksteal -q \
 		-o faulthandler_timeout=0
 

@@ -6,12 +6,11 @@ as its `summary` is told at the end, though it passed.
 
 import os
 
+import torch
+from hypothesis import settings
+
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[variable] = "1"  # before NumPy is imported, and for the processes that are started
-
-import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
-
+    os.environ[variable] = "1"  # of the test processes, which are started after this
 os.environ["NOPE_CACHE_DIR"] = ""
 torch.set_num_threads(1)
 settings.register_profile("fast", derandomize=True, deadline=None, max_examples=40)
