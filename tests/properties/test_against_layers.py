@@ -70,7 +70,7 @@ NIGHTLY = Sizes(
     widths=(16, 8, 32, 64, 128, 256, 512),
     depths=range(1, 9),
     lengths=(1, 2, 3, 5, 8, 16, 32, 64, 128, 256),
-    work=2**31,
+    work=2**30,
     draws=65536,
 )
 SIZES = NIGHTLY if settings.default is settings.get_profile("nightly") else FAST

@@ -287,6 +287,9 @@ def test_samples_are_of_the_tokens():
     error = np.sqrt(zipf.probabilities / ids.size)
     assert (np.abs(shares - zipf.probabilities) <= Z * error).all()
     assert np.array_equal(ids, sample_ids(zipf, 50))
+    longer = sample_ids(zipf, 90)  # fewer windows, which begin like the first of these
+    assert len(longer) < len(ids)
+    assert np.array_equal(longer[:, :50], ids[: len(longer)])
     started = sample_ids(WithBos(zipf), 51)
     assert np.array_equal(started[:, 1:], ids)
     assert (started[:, 0] == -1).all()

@@ -367,8 +367,12 @@ def sample_ids(tokens: Tokens, n_ctx: int) -> np.ndarray:
 
 @sample_ids.register
 def _(tokens: EmbeddingTokens, n_ctx: int) -> np.ndarray:
-    shape = sample_size(n_ctx), n_ctx
-    return np.random.default_rng(0).choice(tokens.vocabulary, shape, p=tokens.probabilities)
+    """Every position has a stream of its own, so that a longer context begins with the same ids."""
+    ids = np.empty((sample_size(n_ctx), n_ctx), dtype=int)
+    for position, column in enumerate(ids.T):
+        rng = np.random.default_rng((0, position))
+        column[:] = rng.choice(tokens.vocabulary, len(ids), p=tokens.probabilities)
+    return ids
 
 
 @sample_ids.register
