@@ -29,12 +29,15 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
+import nope.layers
+import nope.tokens
+from nope import plugins
 from nope.architecture import Architecture
 from nope.init import Scheme, law_of, normal
-from nope.layers import Layer, Sequence
+from nope.layers import ACTIVATIONS, ATTENTION_KINDS, MLP, NORMS, Attention, Layer, Norm, Sequence
 from nope.operations import Operation
 from nope.sources import NumpySource
-from nope.tokens import GaussianTokens, Tokens
+from nope.tokens import UNITS, GaussianTokens, TextTokens, Tokens
 
 ERROR_RATE = 1e-9
 """The probability that a statistical check fails though the object is right."""
@@ -96,12 +99,23 @@ def uncovered(kind: type[Contract], contracts: Iterable[type[Contract]]) -> list
     >>> uncovered(Fruit, [])
     ['expected a contract for fruit pear, got none; subclass nope.contracts.Fruit with its `plain`']
     """
-    covered = {entry for contract in contracts for entry in contract.covers()}
+    covered, broken = set[str](), []
+    for contract in contracts:
+        try:
+            covered.update(contract.covers())
+        except Exception as error:  # of one package: it hides no other's
+            broken.append(
+                f"expected {contract.__module__}.{contract.__qualname__} to say what it covers, "
+                f"got {type(error).__name__}: {error}; mend its `covers`"
+            )
     where = f"{kind.__module__}.{kind.__qualname__}"
+    missing = [entry for entry in kind.registered() if entry not in covered]
     return [
-        f"expected a contract for {entry}, got none; subclass {where} with its `plain`"
-        for entry in kind.registered()
-        if entry not in covered
+        *broken,
+        *(
+            f"expected a contract for {entry}, got none; subclass {where} with its `plain`"
+            for entry in missing
+        ),
     ]
 
 
@@ -222,9 +236,64 @@ def entries(kind: str, classes: Iterable[type]) -> list[str]:
 
 
 def defined_in(module: ModuleType) -> list[type]:
-    """The dataclasses that a module defines itself."""
+    """The dataclasses of a module that its own package defines, there or in another module."""
+    package = module.__name__.partition(".")[0]
     return [
         value
         for value in vars(module).values()
-        if isinstance(value, type) and is_dataclass(value) and value.__module__ == module.__name__
+        if isinstance(value, type)
+        and is_dataclass(value)
+        and value.__module__.partition(".")[0] == package
     ]
+
+
+NAMED: Mapping[type, tuple[str, Iterable[str]]] = {
+    Norm: ("kind", NORMS),
+    Attention: ("kind", ATTENTION_KINDS),
+    MLP: ("activation", ACTIVATIONS),
+    TextTokens: ("unit", UNITS),
+}
+"""Layers and tokens that are several, by the names that a field of theirs has."""
+
+
+def kinds() -> list[str]:
+    """Layers and tokens, ours and of plugins' modules, and their names where they have several.
+
+    >>> [kind for kind in kinds() if "Norm" in kind]
+    ['layer Norm', 'layer Norm layernorm', 'layer Norm rmsnorm']
+    """
+    added = [plugin.given for plugin in plugins.layers() if not plugin.trouble]
+    found = {each for module in (nope.layers, nope.tokens, *added) for each in defined_in(module)}
+    classes = sorted((each for each in found if _kind(each)), key=lambda each: each.__name__)
+    return [
+        entry
+        for each in classes
+        for entry in (
+            f"{_kind(each)} {each.__name__}",
+            *(f"{_kind(each)} {each.__name__} {name}" for name in NAMED.get(each, ("", ()))[1]),
+        )
+    ]
+
+
+def _kind(part: type) -> str:
+    """What a class is: a layer, tokens, or neither."""
+    if hasattr(part, "operations"):
+        return "layer"
+    return "tokens" if hasattr(part, "draw") and hasattr(part, "weights") else ""
+
+
+def kinds_of(layer: Layer, tokens: Tokens) -> list[str]:
+    """Which of the `kinds` a layer over tokens is, and what is in it."""
+    found = []
+    for part in (*_parts(layer), tokens):
+        entry = f"{_kind(type(part))} {type(part).__name__}"
+        field, _ = NAMED.get(type(part), ("", ()))
+        found += [entry, *([f"{entry} {getattr(part, field)}"] if field else [])]
+    return found
+
+
+def _parts(layer: Any) -> Iterator[Any]:
+    """The layer and those in it."""
+    yield layer
+    for inner in (*getattr(layer, "layers", ()), *filter(None, [getattr(layer, "branch", None)])):
+        yield from _parts(inner)

@@ -22,9 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import nope.layers
-import nope.tokens
-from nope import plugins
 from nope.architecture import Architecture, decoder
 from nope.contracts import (
     ERROR_RATE,
@@ -33,10 +30,11 @@ from nope.contracts import (
     assert_close,
     assert_survives,
     contracts_in,
-    defined_in,
     distance,
     entries,
     half_width,
+    kinds,
+    kinds_of,
     uncovered,
 )
 from nope.init import SCHEMES, Scheme, WeightLaw, law_of
@@ -62,25 +60,6 @@ __all__ = [
 CPU = torch.device("cpu")
 
 
-NAMED: Mapping[type, tuple[str, Iterable[str]]] = {
-    nope.layers.Norm: ("kind", nope.layers.NORMS),
-    nope.layers.Attention: ("kind", nope.layers.ATTENTION_KINDS),
-    nope.layers.MLP: ("activation", nope.layers.ACTIVATIONS),
-}
-"""Layers that are several, by the names that a field of theirs has."""
-
-
-def _parts(layer: Any) -> Iterator[Any]:
-    """The layer and those in it."""
-    yield layer
-    for inner in (*getattr(layer, "layers", ()), *filter(None, [getattr(layer, "branch", None)])):
-        yield from _parts(inner)
-
-
-def _named(layer: Any) -> str:
-    return f"layer {type(layer).__name__} {getattr(layer, NAMED[type(layer)][0])}"
-
-
 class LayerContract(Simulated):
     """A layer, or tokens: the torch module is `plain`, draw by draw, in float64.
 
@@ -94,28 +73,13 @@ class LayerContract(Simulated):
 
     @classmethod
     def registered(cls) -> list[str]:
-        """Operations with a torch module; layers and tokens, ours and of plugins' modules."""
-        added = [plugin.given for plugin in plugins.layers() if not plugin.trouble]
-        kinds = [kind for each in (nope.layers, nope.tokens, *added) for kind in defined_in(each)]
-        return [
-            *entries("operation", apply.registry),
-            *entries("layer", [kind for kind in kinds if hasattr(kind, "operations")]),
-            *(
-                f"layer {each.__name__} {name}"
-                for each, (_, names) in NAMED.items()
-                for name in names
-            ),
-            *entries("tokens", [kind for kind in kinds if hasattr(kind, "draw")]),
-        ]
+        """Operations with a torch module, and layers and tokens of every kind."""
+        return [*entries("operation", apply.registry), *kinds()]
 
     @classmethod
     def covers(cls) -> list[str]:
-        return [
-            *entries("operation", {type(operation) for operation in cls.operations()}),
-            *entries("layer", {type(part) for part in _parts(cls.layer)}),
-            *(_named(part) for part in _parts(cls.layer) if type(part) in NAMED),
-            *entries("tokens", {type(cls.tokens)}),
-        ]
+        operations = {type(operation) for operation in cls.operations()}
+        return [*entries("operation", operations), *kinds_of(cls.layer, cls.tokens)]
 
     @cached_property
     def places(self) -> tuple[str, ...]:

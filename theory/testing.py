@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import sympy as sp
@@ -33,8 +33,11 @@ from nope.contracts import (
     distance,
     entries,
     half_width,
+    kinds,
+    kinds_of,
     uncovered,
 )
+from nope.operations import Activate, Multiply, Scores, Softmax
 from nope.questions import Question, stream_key
 from theory.formula import Formula, Status
 from theory.formulas import formula, formulas
@@ -91,9 +94,10 @@ KEPT: Mapping[str, Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarr
 class KernelContract(Simulated):
     """The kernel at each of a layer's places against many draws of its simulation `plain`.
 
-    `fidelity` is how a softmax is treated.  Each place's prediction has a relative remainder of
-    at most `widest`, and the simulation tells it to as much: a wide band holds anything.  Where
-    the theory refuses to predict the layer's output, `predicted` is False.
+    `fidelity` is how a softmax is treated.  A place's remainder and the simulation's error are
+    together at most `widest` of the scale: a wide band holds anything.  Where the theory refuses
+    to predict the layer's output, `predicted` is False.  Covers what is predicted: the rules of
+    the operations, the kind of layer and of tokens, and the fidelity of a softmax.
     """
 
     d_model: ClassVar[int] = 16
@@ -105,17 +109,23 @@ class KernelContract(Simulated):
 
     @classmethod
     def registered(cls) -> list[str]:
-        """Operations with a kernel rule, and those of known symmetries."""
+        """Operations with a kernel rule or known symmetries, kinds of layers, fidelities."""
         return [
             *entries("kernel rule of", rule_for.registry),
             *entries("symmetries of", dependence.registry),
+            *(f"kernel of {kind}" for kind in kinds()),
+            *(f"fidelity {fidelity}" for fidelity in get_args(Asked)),
         ]
 
     @classmethod
     def covers(cls) -> list[str]:
-        kinds = {type(operation) for operation in cls.operations()}
-        ruled = kinds if cls.predicted else set()
-        return [*entries("kernel rule of", ruled), *entries("symmetries of", kinds)]
+        operations = {type(operation) for operation in cls.operations()}
+        found = entries("symmetries of", operations)
+        if cls.predicted:
+            found += entries("kernel rule of", operations)
+            found += [f"kernel of {kind}" for kind in kinds_of(cls.layer, cls.tokens)]
+            found += [f"fidelity {cls.fidelity}"] * (Softmax in operations)
+        return found
 
     def question(self, place: str) -> Question:
         """What is asked at a place: its kernel, or of pairs E x^2 over the keys n <= m."""
@@ -159,8 +169,7 @@ class KernelContract(Simulated):
     def test_remainders_are_stated_and_narrow(self) -> None:
         """Finite, not negative, 0 where exact, and of `widest` of the scale at most."""
         for place, found in self.predictions.items():
-            scale = self.question(place).scale_of(np.asarray(found.values))
-            size = np.asarray(found.remainder) / scale
+            size = self._shares(place, found.remainder)
             assert np.isfinite(size).all(), f"expected finite remainders at {place}, got {size}"
             assert (size >= 0).all(), f"expected remainders of at least 0 at {place}, got {size}"
             assert size.max() <= self.widest, f"{place}: a remainder of {size.max():.3g}"
@@ -200,11 +209,21 @@ class KernelContract(Simulated):
         return np.diagonal(array, axis1=-2, axis2=-1) if paired else array
 
     def test_the_simulation_can_tell(self) -> None:
-        """Its error is at most `widest` of what it estimates, so that agreement says something."""
+        """What agreement allows is at most `widest` of the scale, so that it says something."""
         for place, found in self.predictions.items():
-            scale = self.question(place).scale_of(np.asarray(found.values))
-            share = (self.simulated[place].error / scale).max()
-            assert share <= self.widest, f"{place}: {share:.3g} of the scale; raise draws_drawn"
+            error, remainder = (
+                self._shares(place, each) for each in (self.simulated[place].error, found.remainder)
+            )
+            share = (error + remainder).max()
+            assert share <= self.widest, (
+                f"{place}: {share:.3g} of the scale, {remainder.max():.3g} the remainder's; raise "
+                "draws_drawn, or ask where the theory is sharper"
+            )
+
+    def _shares(self, place: str, of: Any) -> np.ndarray:
+        """Of the scale of the prediction at a place."""
+        scale = self.question(place).scale_of(np.asarray(self.predictions[place].values))
+        return np.asarray(of / scale)
 
     def test_symmetries_are_those_of_the_simulation(self) -> None:
         """Reordered or equal tokens leave the output as `theory.symmetry` says, and only then.
@@ -412,6 +431,8 @@ FARTHEST = 1e-13
 """Beyond this quantile no density is summed."""
 REACH, STEP = 3.3, 1 / 20
 """Of the tanh-sinh rule."""
+UNITS = "layer MLP "
+"""How kinds begin whose hidden units have laws."""
 LEVELS = np.array([1e-4, 0.03, 0.2, 0.41, 0.6, 0.77, 0.9, 0.99, 0.9999])
 
 
@@ -431,12 +452,13 @@ class LawContract(Contract):
 
     @classmethod
     def registered(cls) -> list[str]:
-        """Operations whose vectors' laws are known, and the distributions that laws come to."""
+        """Operations whose laws are known, by activation, and the distributions they come to."""
         from theory.laws.places import vector_of
         from theory.laws.scale_mixtures import Parametrised
 
         return [
-            *entries("law of", vector_of.registry),
+            *entries("law of", {*vector_of.registry, Scores}),
+            *(f"law of {kind}" for kind in kinds() if kind.startswith(UNITS)),
             *entries("distribution", _subclasses(Parametrised)),
         ]
 
@@ -444,10 +466,15 @@ class LawContract(Contract):
     def covers(cls) -> list[str]:
         operations = cls.question.architecture.upstream(cls.question.place)
         numbers = law(cls.question, cls.position).family.numbers
-        return [
+        found = [
             *entries("law of", {type(operations[-1])}),
             *entries("distribution", {type(numbers)}),
         ]
+        if isinstance(operations[-1], Activate | Multiply):
+            network = cls.question.architecture
+            every = kinds_of(network.body, network.tokens)
+            found += [f"law of {kind}" for kind in every if kind.startswith(UNITS)]
+        return found
 
     def plain(self, generator: np.random.Generator, size: int) -> np.ndarray:
         """`size` independent draws of the coordinate or logit, or dependent ones given draws."""

@@ -15,9 +15,10 @@ from scipy import special
 
 import nope
 from nope import plugins
+from nope.contracts import NAMED
 from nope.layers import NORMS
 from nope.operations import Operation
-from nope.testing import NAMED, LayerContract, contracts_in, uncovered
+from nope.testing import LayerContract, contracts_in, uncovered
 from nope.tokens import TextTokens
 from nope.transformer import apply
 from theory.rules import rule_for
@@ -76,24 +77,30 @@ class Attention:
 
     layer = nope.Attention(2)
     init = nope.init.normal(0.25)
+    d_model = 32
+    draws_drawn = 8000
     widest = 0.25  # a logit of a token without a norm and itself: 4/d
 
     def plain(self, x, weights):
         q, k, v = (affine(x, weights, "attn", letter) for letter in "QKV")
-        heads = [np.split(part, self.layer.n_heads, axis=1) for part in (q, k)]
+        heads = [np.split(part, self.attention.n_heads, axis=1) for part in (q, k)]
         logits = [a @ b.T / math.sqrt(a.shape[1]) for a, b in zip(*heads, strict=True)]
         scores = np.array([self.masked(each) for each in logits])
         pattern = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         before = {"attn.q": q, "attn.k": k, "attn.v": v, "attn.scores": scores}
         return before | self.mixed(pattern, v, weights)
 
+    @property
+    def attention(self):
+        return self.layer
+
     def masked(self, logits):
         """-inf where the key n is later than the query m."""
         later = np.array([[n > m for n in range(len(logits))] for m in range(len(logits))])
-        return np.where(later & self.layer.causal, -np.inf, logits)
+        return np.where(later & self.attention.causal, -np.inf, logits)
 
     def mixed(self, pattern, v, weights):
-        split = np.split(v, self.layer.n_heads, axis=1)
+        split = np.split(v, self.attention.n_heads, axis=1)
         z = np.concatenate([a @ head for a, head in zip(pattern, split, strict=True)], axis=1)
         return {"attn.pattern": pattern, "attn.z": z, "attn_out": affine(z, weights, "attn", "O")}
 
@@ -101,6 +108,41 @@ class Attention:
 class AttentionWithBiases(Attention):
     layer = nope.Attention(4, bias=True)
     init = nope.init.torch_default()
+
+
+class AttentionBehindANorm(Attention):
+    """Nothing is dropped of a logit's variance."""
+
+    layer = nope.Sequence((nope.Norm("ln"), nope.Attention(2)))
+    d_model = 16
+    widest = 0.12
+
+    @property
+    def attention(self):
+        return self.layer.layers[-1]
+
+    def plain(self, x, weights):
+        e = normed(x, "layernorm", 0.0)
+        return {"ln": e, **super().plain(e, weights)}
+
+
+def weights_for(s2, d=16):
+    """Weights that make logits of this variance behind a norm, s^2 = d^2 sigma^4."""
+    return nope.init.normal(s2**0.25 / d**0.5)
+
+
+class AttentionTakenAsUniform(AttentionBehindANorm):
+    fidelity = "uniform"
+    init = weights_for(0.04)
+
+
+class AttentionToFirstOrder(AttentionBehindANorm):
+    fidelity = "first_order"
+    init = weights_for(0.2)
+
+
+class AttentionAtAnyTemperature(AttentionBehindANorm):
+    fidelity = "any_temperature"
 
 
 class AttentionWithoutAMask(Attention):
@@ -114,7 +156,7 @@ class UniformAttention(Attention):
     def plain(self, x, weights):
         v = affine(x, weights, "attn", "V")
         seen = self.masked(np.zeros((len(x), len(x)))) == 0
-        pattern = np.array([seen / seen.sum(1, keepdims=True)] * self.layer.n_heads)
+        pattern = np.array([seen / seen.sum(1, keepdims=True)] * self.attention.n_heads)
         return {"attn.v": v} | self.mixed(pattern, v, weights)
 
 
@@ -145,7 +187,9 @@ class MLP:
 
 
 class GatedMLP:
+    d_model = 32
     draws_drawn = 14_000  # products of hidden units have heavy tails
+    widest = 0.16
 
     def plain(self, x, weights):
         pre, linear = (affine(x, weights, "mlp", suffix) for suffix in ("gate", "in"))
@@ -191,6 +235,10 @@ class Text(EmbeddingTokens):
     tokens = TextTokens()
 
 
+class TextInCharacters(EmbeddingTokens):
+    tokens = TextTokens(unit="characters")
+
+
 class TokensAfterABos(GaussianTokens):
     tokens = nope.WithBos(nope.EmbeddingTokens(7))
 
@@ -216,6 +264,10 @@ SIMULATIONS = [
     RMSNorm,
     RMSNormWithEps,
     Attention,
+    AttentionBehindANorm,
+    AttentionTakenAsUniform,
+    AttentionToFirstOrder,
+    AttentionAtAnyTemperature,
     AttentionWithBiases,
     AttentionWithoutAMask,
     UniformAttention,
@@ -228,6 +280,7 @@ SIMULATIONS = [
     GaussianTokens,
     EmbeddingTokens,
     Text,
+    TextInCharacters,
     TokensAfterABos,
     GaussianTokensAfterABos,
 ]

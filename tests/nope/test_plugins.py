@@ -127,6 +127,8 @@ class Pair:
         yield from nope.Norm("ln").operations(scope, source)
 @dataclass(frozen=True)
 class Ones:
+    def weights(self, d_model):
+        return ()
     def draw(self, source, shape):
         ...
 """

@@ -380,9 +380,10 @@ def first_order(mixing: Mixing) -> tuple[np.ndarray, np.ndarray, np.ndarray | fl
 
     def block(pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
         count, s2 = pairs.shorter(mixing.count), pairs.variance
-        rest = (1 - 1 / count) * np.maximum(1, np.abs(1 - 6 / count))  # as its s^4 has
+        scales = (1 + 2 / mixing.d_h) * (1 + 2 * mixing.maps / mixing.freedom)  # E u^2
+        next_order = scales * (np.expm1(s2) - s2) * np.maximum(1, np.abs(1 - 6 / count))
         one_key = np.maximum(pairs.longer(mixing.count), s2)  # what it has alone is at most this
-        beyond = pairs.overlap * np.minimum(np.expm1(s2) - s2, one_key) * rest
+        beyond = pairs.overlap * np.minimum(next_order, one_key) * (1 - 1 / count)
         kernel = pairs.uniform + pairs.of(mixing.change) + pairs.fluctuation
         return kernel, beyond + pairs.lost + pairs.narrow
 

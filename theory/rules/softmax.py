@@ -350,20 +350,31 @@ def _shape(mapped: Traits) -> sp.Expr:
 
 
 def first_order_pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
-    """(1 + s^2 (1 - 1/m))/m^2; the truth is between 1/m^2 and 1/m."""
+    """(1 + s^2 (1 - 1/m))/m^2; the truth is between 1/m^2 and 1/m.
+
+    What is dropped is s^4 (1 - 1/m)(1 - 6/m)/2 first, times E u^2 of the scales u of heads and of
+    keys (`theory.formulas.logits`), and of many keys e^(s^2) - 1 - s^2.
+    """
     grown = Growth(lambda s2: 1 + s2 * (1 - 1 / m))
+    _, keys = _query_key(traits[operation.inputs[0]])
+    scales = (1 + 2 / d_h) * (1 + 2 * _key_width(traits[keys]))
 
     def lost(s2: sp.Expr, value: sp.Expr, slack: sp.Expr) -> sp.Expr:
-        return sp.Min(sp.exp(s2) - 1 - s2, sp.Max(m, s2)) * (1 - 1 / m) / value
+        beyond = scales * (sp.exp(s2) - 1 - s2) * sp.Max(1, sp.Abs(1 - 6 / m))
+        return sp.Min(beyond, sp.Max(m, s2)) * (1 - 1 / m) / value
 
     return _pattern(operation, traits, "to first order in s^2", grown, lost)
+
+
+def _key_width(keys: Traits) -> sp.Expr:
+    """1/D, of keys of one map into D dimensions or of as many as they fluctuate like."""
+    return (keys.maps - 1 if keys.independent else MAPS - 1) / _freedom(keys)
 
 
 def pattern(operation: Operation, traits: Mapping[str, Traits]) -> Rule:
     """A/m at any temperature and width."""
     before = traits[_query_key(traits[operation.inputs[0]])[1]]
-    freedom = _freedom(before) / sp.Integer(before.maps - 1)
-    width = 1 / freedom if before.independent else (MAPS - 1) / _freedom(before)
+    freedom, width = _freedom(before) / sp.Integer(before.maps - 1), _key_width(before)
 
     def participation(s2: sp.Expr) -> sp.Expr:
         return m * outputs.participation(sp.sqrt(s2), freedom, _slack(before))
