@@ -42,7 +42,7 @@ from nope.questions import Question, stream_key
 from theory.formula import Formula, Status
 from theory.formulas import formula, formulas
 from theory.laws import Law, law
-from theory.predict import Asked, Prediction, predict
+from theory.predict import Asked, Prediction, predict, rules_to
 from theory.rules import rule_for
 from theory.symbols import Described
 from theory.symmetry import THEOREMS, dependence
@@ -225,6 +225,72 @@ class KernelContract(Simulated):
         scale = self.question(place).scale_of(np.asarray(self.predictions[place].values))
         return np.asarray(of / scale)
 
+    def test_positions_are_correlated(self) -> None:
+        """Of a kernel that is 0 beside its diagonal any multiple agrees with the simulation."""
+        output = list(self.architecture.places())[-1]
+        found = self.predictions.get(output)
+        if found is None or np.ndim(found.values) < 2 or output == "embed":
+            return
+        apart = ~np.eye(self.n_ctx, dtype=bool)
+        seen = np.abs(self.simulated[output].mean) > self.simulated[output].error
+        assert (seen & apart).any(), (
+            f"expected correlated positions at {output}, got a diagonal kernel; hold "
+            "nope.Sequence((nope.CausalMean(), layer))"
+        )
+
+    def test_cosines_and_kurtoses_are_those_of_the_simulation(self) -> None:
+        """Where the theory has them: what a rule says of a place beside its kernel."""
+        for place in self.predictions:
+            for observable, (per_draw, value) in self._beside(place).items():
+                estimate = Draws(per_draw)
+                allowed = estimate.error + np.asarray(value.remainder)
+                gap = np.where(self._apart(per_draw), np.abs(estimate.mean - value.values), 0.0)
+                worst = np.unravel_index(np.argmax(gap - allowed), gap.shape)
+                assert (gap <= allowed + 1e-9).all(), (
+                    f"expected the {observable} at {place} to be {estimate.mean[worst]:.5g} +- "
+                    f"{allowed[worst]:.2g}, got {np.asarray(value.values)[worst]:.5g} from its rule"
+                )
+
+    def _apart(self, per_draw: np.ndarray) -> np.ndarray:
+        """Which entries are judged: a cosine with itself is 1."""
+        shape = per_draw.shape[1:]
+        return ~np.eye(*shape, dtype=bool) if len(shape) == 2 else np.ones(shape, dtype=bool)
+
+    def _beside(self, place: str) -> dict[str, tuple[np.ndarray, Prediction]]:
+        """By observable, its draws and the prediction; kurtosis made linear in the moments."""
+        if self.architecture.places()[place].axes != "vector":
+            return {}
+        found = {}
+        for observable in ("cosine", "kurtosis"):
+            asked = Question(self.architecture, self.init, place, observable)
+            with suppress(NotImplementedError, LookupError):
+                value = predict(asked, self.fidelity)
+                found[observable] = (self.vectors[place][observable], value)
+        return found
+
+    @property
+    def vectors(self) -> dict[str, dict[str, np.ndarray]]:
+        """Of the places that are vectors: what the draws say of `_beside`'s observables."""
+        kind: Any = type(self)
+        return _vectors(kind)
+
+    def test_traits_are_those_of_the_simulation(self) -> None:
+        """Of unit mean square, centred, uncorrelated with all before: where a rule says so."""
+        network = self.architecture
+        for place in self.vectors:
+            traits = rules_to(network, place, "uniform")[place].traits
+            shape = self.vectors[place]
+            if traits.normalised:
+                assert_close(shape["norm"], np.ones_like(shape["norm"]), 1e-9, f"|x|^2 at {place}")
+                centre = np.abs(shape["centre"]).max() if traits.centred else 0.0
+                assert centre <= 1e-9, f"expected {place} to be centred, got a mean of {centre:.2g}"
+            if traits.fresh and "before" in shape:
+                common = Draws(shape["before"])
+                assert (np.abs(common.mean) <= common.error).all(), (
+                    f"expected {place} to be uncorrelated with the tokens, as its rule says "
+                    f"(fresh), got {common.mean} +- {common.error}"
+                )
+
     def test_symmetries_are_those_of_the_simulation(self) -> None:
         """Reordered or equal tokens leave the output as `theory.symmetry` says, and only then.
 
@@ -263,6 +329,46 @@ def _simulated(contract: Any) -> dict[str, Draws]:
         for place, found in every.items():
             found.append(_statistic(values[place]))
     return {place: Draws(np.stack(found)) for place, found in every.items()}
+
+
+@cache
+def _vectors(contract: Any) -> dict[str, dict[str, np.ndarray]]:
+    """Of each predicted vector place, by draw and position, what `_shape_of` gives."""
+    held = contract()
+    places = held.architecture.places()
+    every: dict[str, dict[str, list[np.ndarray]]] = {
+        place: {} for place in held.predictions if places[place].axes == "vector"
+    }
+    for draw in held.draws(held.draws_drawn):
+        values = held.values(*draw)
+        for place, found in every.items():
+            for name, each in _shape_of(values[place], values["embed"]).items():
+                found.setdefault(name, []).append(each)
+    stacked = {
+        place: {name: np.stack(each) for name, each in found.items()}
+        for place, found in every.items()
+    }
+    return {place: _with_kurtosis(found) for place, found in stacked.items()}
+
+
+def _shape_of(x: np.ndarray, before: np.ndarray) -> dict[str, np.ndarray]:
+    """One draw's moments by position, its cosines, and <x_m, e_m> with tokens of its width.
+
+    A vector that is 0, as units of a ReLU may be, has no direction: its cosines count as 0.
+    """
+    square = np.mean(x**2, 1)
+    size = np.sqrt(np.multiply.outer(square, square))
+    inner = x @ x.T / x.shape[1]
+    cosine = np.divide(inner, size, out=np.zeros_like(inner), where=size > 0)
+    found = {"norm": square, "fourth": np.mean(x**4, 1), "centre": x.mean(1), "cosine": cosine}
+    return found | ({"before": np.mean(x * before, 1)} if x.shape == before.shape else {})
+
+
+def _with_kurtosis(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """E x^4/(E x^2)^2 with each draw's influence on it, by the delta method."""
+    fourth, square = found["fourth"], found["norm"]
+    k = fourth.mean(0) / square.mean(0) ** 2
+    return found | {"kurtosis": k * (2 + fourth / fourth.mean(0) - 2 * square / square.mean(0))}
 
 
 def _statistic(value: np.ndarray) -> np.ndarray:

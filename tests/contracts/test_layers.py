@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import sympy as sp
 from scipy import special
 
 import nope
@@ -21,7 +22,10 @@ from nope.operations import Operation
 from nope.testing import LayerContract, contracts_in, uncovered
 from nope.tokens import TextTokens
 from nope.transformer import apply
+from theory.fluctuations import averages
+from theory.kernel import K, Rule, Traits
 from theory.rules import rule_for
+from theory.symbols import m, n
 from theory.testing import KernelContract
 
 ACTIVATIONS = {
@@ -53,11 +57,19 @@ def prefix_means(x):
     return np.array([x[: m + 1].mean(0) for m in range(len(x))])
 
 
-class LayerNorm:
+class Own:
+    """A layer, which may stand behind another in a sequence."""
+
+    @property
+    def own(self):
+        return getattr(self.layer, "layers", (self.layer,))[-1]
+
+
+class LayerNorm(Own):
     layer = nope.Norm("ln")
 
     def plain(self, x, weights):
-        return {"ln": normed(x, self.layer.kind, self.layer.eps)}
+        return {"ln": normed(x, self.own.kind, self.own.eps)}
 
 
 class LayerNormWithEps(LayerNorm):
@@ -72,7 +84,7 @@ class RMSNormWithEps(LayerNorm):
     layer = nope.Norm("ln", "rmsnorm", eps=0.3)
 
 
-class Attention:
+class Attention(Own):
     """Each query of each head, with a softmax over the keys it sees."""
 
     layer = nope.Attention(2)
@@ -83,24 +95,20 @@ class Attention:
 
     def plain(self, x, weights):
         q, k, v = (affine(x, weights, "attn", letter) for letter in "QKV")
-        heads = [np.split(part, self.attention.n_heads, axis=1) for part in (q, k)]
+        heads = [np.split(part, self.own.n_heads, axis=1) for part in (q, k)]
         logits = [a @ b.T / math.sqrt(a.shape[1]) for a, b in zip(*heads, strict=True)]
         scores = np.array([self.masked(each) for each in logits])
         pattern = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         before = {"attn.q": q, "attn.k": k, "attn.v": v, "attn.scores": scores}
         return before | self.mixed(pattern, v, weights)
 
-    @property
-    def attention(self):
-        return self.layer
-
     def masked(self, logits):
         """-inf where the key n is later than the query m."""
         later = np.array([[n > m for n in range(len(logits))] for m in range(len(logits))])
-        return np.where(later & self.attention.causal, -np.inf, logits)
+        return np.where(later & self.own.causal, -np.inf, logits)
 
     def mixed(self, pattern, v, weights):
-        split = np.split(v, self.attention.n_heads, axis=1)
+        split = np.split(v, self.own.n_heads, axis=1)
         z = np.concatenate([a @ head for a, head in zip(pattern, split, strict=True)], axis=1)
         return {"attn.pattern": pattern, "attn.z": z, "attn_out": affine(z, weights, "attn", "O")}
 
@@ -116,10 +124,6 @@ class AttentionBehindANorm(Attention):
     layer = nope.Sequence((nope.Norm("ln"), nope.Attention(2)))
     d_model = 16
     widest = 0.12
-
-    @property
-    def attention(self):
-        return self.layer.layers[-1]
 
     def plain(self, x, weights):
         e = normed(x, "layernorm", 0.0)
@@ -156,7 +160,7 @@ class UniformAttention(Attention):
     def plain(self, x, weights):
         v = affine(x, weights, "attn", "V")
         seen = self.masked(np.zeros((len(x), len(x)))) == 0
-        pattern = np.array([seen / seen.sum(1, keepdims=True)] * self.attention.n_heads)
+        pattern = np.array([seen / seen.sum(1, keepdims=True)] * self.own.n_heads)
         return {"attn.v": v} | self.mixed(pattern, v, weights)
 
 
@@ -172,13 +176,13 @@ class CausalMean:
         return {"mean": prefix_means(x)}
 
 
-class MLP:
+class MLP(Own):
     """Of an activation; `GatedMLP` of a gate."""
 
     draws_drawn = 4000
 
     def plain(self, x, weights):
-        return self.hidden(self.layer, x, weights)
+        return self.hidden(self.own, x, weights)
 
     def hidden(self, layer, x, weights):
         pre = affine(x, weights, "mlp", "in")
@@ -186,14 +190,14 @@ class MLP:
         return {"mlp.pre": pre, "mlp.post": post, "mlp_out": affine(post, weights, "mlp", "out")}
 
 
-class GatedMLP:
+class GatedMLP(Own):
     d_model = 32
     draws_drawn = 14_000  # products of hidden units have heavy tails
     widest = 0.16
 
     def plain(self, x, weights):
         pre, linear = (affine(x, weights, "mlp", suffix) for suffix in ("gate", "in"))
-        gate = ACTIVATIONS[GATES[self.layer.activation]](pre)
+        gate = ACTIVATIONS[GATES[self.own.activation]](pre)
         values = {"mlp.pre": pre, "mlp.pre_linear": linear, "mlp.gate": gate}
         values["mlp.post"] = gate * linear
         return values | {"mlp_out": affine(values["mlp.post"], weights, "mlp", "out")}
@@ -203,7 +207,7 @@ class Residual(MLP):
     layer = nope.Residual(nope.MLP(11, "tanh"), "sum", 0.5)
 
     def plain(self, x, weights):
-        values = self.hidden(self.layer.branch, x, weights)
+        values = self.hidden(self.own.branch, x, weights)
         return values | {"sum": x + values["mlp_out"] / 2}
 
 
@@ -284,10 +288,28 @@ SIMULATIONS = [
     TokensAfterABos,
     GaussianTokensAfterABos,
 ]
+
+
+def behind_a_mean(simulation):
+    """Prefix means in place of tokens: a layer that acts on each position alone is told more than
+    a diagonal kernel, of whose other entries any multiple is right."""
+
+    class Behind(simulation):
+        layer = nope.Sequence((nope.CausalMean("means"), simulation.layer))
+
+        def plain(self, x, weights):
+            means = prefix_means(x)
+            return {"means": means, **super().plain(means, weights)}
+
+    return Behind
+
+
 for simulation in SIMULATIONS:
-    for kind in (LayerContract, KernelContract):
+    alone = issubclass(simulation, LayerNorm | MLP | GatedMLP)
+    of_kernel = behind_a_mean(simulation) if alone else simulation
+    for kind, base in ((LayerContract, simulation), (KernelContract, of_kernel)):
         name = f"Test{simulation.__name__}{kind.__name__}"
-        globals()[name] = type(name, (simulation, kind), {})
+        globals()[name] = type(name, (base, kind), {})
 
 # ---------------------------------------------------------------------------- the registries
 
@@ -390,6 +412,78 @@ PLACE, LATER = (
 )  # fmt: skip
 def test_a_contract_fails_in_the_check_that_is_about_it(contract, caught):
     assert set(contract.failures()) == caught
+
+
+@dataclass(frozen=True)
+class Halved(Operation):
+    """x/2."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """A layer of that operation."""
+
+    def operations(self, scope, source):
+        yield Halved(scope.place("half"), (source,))
+
+
+class Halves(Own):
+    layer = nope.Sequence((nope.CausalMean("means"), Half()))
+
+    def plain(self, x, weights):
+        means = prefix_means(x)
+        return {"means": means, "half": means / 2}
+
+
+class HalvesAlone(Halves):
+    layer = Half()
+
+    def plain(self, x, weights):
+        return {"half": x / 2}
+
+
+KERNEL, SIZES = (
+    "test_kernels_are_those_of_the_simulation",
+    "test_sizes_are_those_of_the_simulation",
+)
+BESIDE, TRAITS = (
+    "test_cosines_and_kurtoses_are_those_of_the_simulation",
+    "test_traits_are_those_of_the_simulation",
+)
+DIAGONAL = {"expression": sp.Piecewise((K(m, n) / 4, sp.Eq(m, n)), (0, True))}
+
+
+@pytest.mark.parametrize(
+    ("simulation", "changes", "caught"),
+    [
+        (Halves, {}, set()),
+        (Halves, {"expression": K(m, n) / 2}, {KERNEL, SIZES}),
+        (Halves, DIAGONAL, {KERNEL, BESIDE}),
+        (HalvesAlone, DIAGONAL, {"test_positions_are_correlated"}),
+        (Halves, {"fluctuates": averages}, {BESIDE}),
+        (Halves, {"excess": sp.Rational(1, 2)}, {BESIDE}),
+        (Halves, {"traits": Traits(kurtosis=sp.Integer(30))}, {BESIDE}),
+        (Halves, {"traits": Traits(fresh=True)}, {TRAITS}),
+        (Halves, {"traits": Traits(normalised=True)}, {TRAITS}),
+    ],
+    ids=str,
+)
+def test_a_wrong_rule_fails_in_the_check_that_is_about_it(simulation, changes, caught, monkeypatch):
+    """Of its kernel, of what it says beside it, of how a kernel fluctuates behind it."""
+
+    def rule(operation, known, fidelity):
+        right = {"expression": K(m, n) / 4, "traits": Traits(), "fluctuates": keeps}
+        said = {"sources": operation.inputs, "assumption": "none", "source": "definition"}
+        return Rule("halved", "x/2.", **{**said, **right, **changes})
+
+    (registry,) = gc.get_referents(rule_for.registry)  # the dictionary behind the proxy
+    monkeypatch.setitem(registry, Halved, rule)
+    rule_for._clear_cache()  # of the rule before
+    assert set(held(KernelContract, simulation).failures()) == caught
+
+
+def keeps(passage):
+    return passage.fluctuations[0], None
 
 
 def test_check_runs_without_pytest():

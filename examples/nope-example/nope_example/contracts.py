@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nope import Architecture, GaussianTokens, Norm, Question, Sequence
+from nope import Architecture, CausalMean, GaussianTokens, Norm, Question, Sequence
 from nope.init import normal
 from nope.operations import Weight
 from nope.testing import LayerContract, SchemeContract
@@ -20,13 +20,17 @@ STD = 0.5
 
 
 class Simulation:
-    """The plain counterpart of a layer: one draw, the values of every place by name."""
+    """The plain counterpart of a layer: one draw, the values of every place by name.
 
-    layer = Sequence((Norm("ln", "rmsnorm"), LayerScale("scaled", SCALE)))
+    Behind prefix means positions are correlated, so that all of a kernel is looked at.
+    """
+
+    layer = Sequence((CausalMean("means"), Norm("ln", "rmsnorm"), LayerScale("scaled", SCALE)))
 
     def plain(self, x: np.ndarray, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        normalised = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True))
-        return {"ln": normalised, "scaled": SCALE * normalised}
+        means = np.array([x[: m + 1].mean(0) for m in range(len(x))])
+        normalised = means / np.sqrt(np.mean(means**2, axis=1, keepdims=True))
+        return {"means": means, "ln": normalised, "scaled": SCALE * normalised}
 
 
 class TestLayerScale(Simulation, LayerContract):
