@@ -11,6 +11,7 @@ from functools import cache, partial
 
 import numpy as np
 import pytest
+import sympy as sp
 from numpy.polynomial.hermite_e import hermegauss
 from scipy import integrate, optimize, special, stats
 from scipy.special import roots_genlaguerre
@@ -435,7 +436,7 @@ def _(d, g, m, s):
 
 @held(
     "attention.root_bias",
-    widest=0.6,
+    widest=0.3,
     points=points((1, 2, 4, 0.7), (4, 3, 8, 0.9), (2, 2, 16, 1.2), names="H m d_h s"),
 )
 def _(H, m, d_h, s):  # fmt: skip
@@ -677,7 +678,7 @@ def _(m, ell, beta):
     return math.fsum(np.linalg.matrix_power(share, ell)[m - 1, 1:])
 
 
-@held("depth.collapse_cosine", points=grid(m=[5, 3], n=[2, 4], ell=[9, 12]), widest=0.5)
+@held("depth.collapse_cosine", points=grid(m=[5, 3], n=[2, 4], ell=[14, 16]))
 def _(m, n, ell):
     return rows_apart(np.linalg.matrix_power(averages(5), ell), m, n)
 
@@ -688,8 +689,7 @@ def _(m, n, ell, beta):
     return rows_apart(np.linalg.matrix_power(np.eye(5) + beta * averages(5), ell), m, n)
 
 
-@held("depth.collapse_cosine_random_values", widest=0.6,
-      points=grid(m=[4], n=[2, 3], ell=[40], g=[2, 4]))  # fmt: skip
+@held("depth.collapse_cosine_random_values", points=grid(m=[4], n=[2, 3], ell=[40], g=[2, 4]))  # fmt: skip
 def _(m, n, ell, g):
     """In rationals: the cosine is 1 to sixteen digits."""
     C = np.array([[Fraction(int(j <= i), i + 1) for j in range(m)] for i in range(m)])
@@ -979,9 +979,12 @@ NUMBER, REMAINDER = "test_it_is_the_plain_number", "test_the_remainder_fits_the_
          lambda d, m: d / m + d / m**2 / 5, set()),
         ({"status": Status.LEADING_ORDER, "remainder": d / m**2 / 4},
          lambda d, m: d / m + d / m**2 / 3, {NUMBER}),
-        ({"status": Status.LEADING_ORDER, "remainder": 2 * d / m}, lambda d, m: d / m, {REMAINDER}),
+        ({"status": Status.LEADING_ORDER, "remainder": 2 * d / m}, lambda d, m: d / m,
+         {NUMBER, REMAINDER}),
         ({"status": Status.LEADING_ORDER}, lambda d, m: d / m, {REMAINDER}),
-        ({"remainder": d / m**2}, lambda d, m: d / m, {REMAINDER}),
+        ({"remainder": d / m**2}, lambda d, m: d / m, {NUMBER, REMAINDER}),
+        ({}, lambda d, m: math.inf, {NUMBER}),
+        ({"expr": d * sp.exp(-40 * m)}, lambda d, m: d * math.exp(-40 * m) / 3, {NUMBER}),
         ({"statement": "no sentence"}, lambda d, m: d / m, {"test_symbols_are_documented"}),
         ({}, lambda d, m: Draws(generator(7).normal(d / m, 3 * d / m, 10)), {NUMBER}),
     ],

@@ -213,7 +213,7 @@ def test_an_operation_without_a_contract_is_named(monkeypatch):
     ]
 
 
-FOLLOWS = "test_the_simulation_follows_the_law"
+FOLLOWS, MOMENTS = "test_the_simulation_follows_the_law", "test_the_simulation_has_its_moments"
 NORMAL = stats.norm(scale=0.7)
 
 
@@ -226,8 +226,13 @@ def wrong(**changes):
     ("changes", "caught"),
     [
         ({}, set()),
-        ({"plain": lambda self, generator, size: generator.normal(0, 0.65, size)}, {FOLLOWS}),
-        ({"plain": lambda self, generator, size: generator.uniform(-1.2, 1.2, size)}, {FOLLOWS}),
+        ({"plain": lambda self, generator, size: generator.normal(0, 0.65, size)},
+         {FOLLOWS, MOMENTS}),
+        ({"plain": lambda self, generator, size: generator.normal(0, 0.682, size)}, {MOMENTS}),
+        ({"plain": lambda self, generator, size: generator.normal(0, 0.7, 10)},
+         {FOLLOWS, MOMENTS}),
+        ({"plain": lambda self, generator, size: generator.uniform(-1.2, 1.2, size)},
+         {FOLLOWS, MOMENTS}),
         (wrong(density=sp.exp(-(x**2))), {"test_the_symbols_say_the_same"}),
         (wrong(), {"test_the_symbols_say_the_same"}),
         (wrong(reason="none", moments={2: sp.Rational(1, 2)}), {"test_the_symbols_say_the_same"}),
