@@ -241,7 +241,7 @@ def verify(
     _tell(added)
     chosen = select(known, claims or ())
     if list_claims:
-        _print_claims(chosen, tolerance, added)
+        _print_claims(chosen, tolerance, (*added, *plugins.holding()))
         return
     if dry_run:
         conditions = Conditions(seed, str(resolve_device(device, dtype)), dtype)

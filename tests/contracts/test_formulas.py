@@ -689,7 +689,7 @@ def _(m, n, ell, beta):
     return rows_apart(np.linalg.matrix_power(np.eye(5) + beta * averages(5), ell), m, n)
 
 
-@held("depth.collapse_cosine_random_values", points=grid(m=[4], n=[2, 3], ell=[40], g=[2, 4]))  # fmt: skip
+@held("depth.collapse_cosine_random_values", points=grid(m=[4], n=[2, 3], ell=[40], g=[2, 4]))
 def _(m, n, ell, g):
     """In rationals: the cosine is 1 to sixteen digits."""
     C = np.array([[Fraction(int(j <= i), i + 1) for j in range(m)] for i in range(m)])

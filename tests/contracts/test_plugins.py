@@ -2,7 +2,16 @@
 
 from nope import plugins
 
-globals().update({contract.__name__: contract for contract in plugins.contracts()})
+BROUGHT = {
+    f"{contract.__name__}_of_{contract.__module__.replace('.', '_')}": contract
+    for contract in plugins.contracts()
+}
+globals().update(BROUGHT)
+
+
+def test_every_contract_that_is_brought_is_held():
+    """None takes the place of another: two packages may have a name in common."""
+    assert list(BROUGHT.values()) == plugins.contracts()
 
 
 def test_every_installed_plugin_works():

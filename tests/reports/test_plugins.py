@@ -73,7 +73,8 @@ def lay(folder: Path, package: str, source: str, group: str = plugins.CLAIMS) ->
 DRIVER = """
 import contextlib, io, json, sys
 from reports import cli
-from nope import plugins, transformer
+from nope import plugins, testing, transformer
+from theory.testing import KernelContract, LawContract
 
 for words in json.load(sys.stdin):
     sys.argv, status, out, err = ["nope", *words], 0, io.StringIO(), io.StringIO()
@@ -86,16 +87,24 @@ for words in json.load(sys.stdin):
 for contract in plugins.contracts():
     contract.check()
     print(json.dumps(contract.__name__))
+for held in ([], plugins.contracts()):
+    kinds = (testing.LayerContract, KernelContract, testing.SchemeContract, LawContract)
+    lines = [line for kind in kinds for line in testing.uncovered(kind, held)]
+    theirs = [line for line in lines if any(word in line for word in ("LayerScale", "Rescale", "neox"))]
+    print(json.dumps(theirs))
 """
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a process said: of each command status, output and errors; contracts that held."""
+    """What a process said: of each command status, output and errors; contracts that held; of the
+    example, what has no contract without its own, and with them."""
 
     folder: Path
     commands: list[tuple[int, str, list[str]]]
     contracts: list[str]
+    unheld: list[str]
+    left: list[str]
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +117,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     for package, (source, _) in BROKEN.items():
         lay(site, package, source)
     lay(site, "plug_scheme", "def claims():\n    return 3", plugins.OF_SCHEMES)
+    lay(site, "plug_contracts", "import no_such_package", plugins.CONTRACTS)
     run = str(folder / "run")
     commands = [
         ["verify", "example.*", *SMALL, "--workers", "2", "--draws", "60000", "--out", run],
@@ -129,7 +139,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     )
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
-    return Told(folder, said[: len(commands)], said[len(commands) :])
+    *contracts, unheld, left = said[len(commands) :]
+    return Told(folder, said[: len(commands)], contracts, unheld, left)
 
 
 def test_claims_of_a_package_are_verified_and_reported(told):
@@ -159,7 +170,8 @@ def test_the_list_says_which_package_a_claim_is_from_and_which_are_broken(told):
     assert "(nope-example 0.1.0)" in rows["example.layerscale"]
     assert "(" not in rows["chi2023.lemma1"].replace("(arXiv 2305.13571)", "")
     broken = [row for row in output.splitlines() if "broken" in row]
-    assert len(broken) == len(BROKEN) + 1
+    assert len(broken) == len(BROKEN) + 2
+    assert any("plug_contracts 1.0 (nope.contracts)" in row for row in broken)
     assert any("plug_scheme 1.0 (nope.schemes)" in row for row in broken)
     for package, (_, reason) in BROKEN.items():
         (row,) = (row for row in broken if f"of {package} 1.0 (nope.claims)" in row)
@@ -215,6 +227,13 @@ def test_the_contracts_of_a_package_hold(told):
     """The layer's, its kernel rule's, its law's and the scheme's."""
     layer = [f"TestLayerScale{part}" for part in ("", "Kernel", "Law")]
     assert told.contracts == [*layer, "TestNeoX"]
+
+
+def test_what_a_package_registers_needs_its_contracts(told):
+    """Each of its kinds, for the torch module, the kernel, the symmetries and the law."""
+    entries = {line.removeprefix("expected a contract for ").split(",")[0] for line in told.unheld}
+    assert len(entries) == 7, entries
+    assert told.left == []
 
 
 # ------------------------------------------------------------------------------ in this process
