@@ -57,7 +57,7 @@ def test_a_kernel_is_symmetric_and_positive(question):
 @EXAMPLES
 @given(strategies.questions(ARCHITECTURES, observables=("kernel",)))
 def test_observables_of_a_kernel_agree(question):
-    """Its diagonal, its correlation, the mean of its diagonal: each predicted on its own."""
+    """Its diagonal, its correlation, the mean of its diagonal: each asked on its own."""
     kernel = predicted(question).values
     moments = predicted(replace(question, observable="second_moment")).values
     assert close(moments, np.diagonal(kernel), moments)
@@ -72,14 +72,15 @@ def test_observables_of_a_kernel_agree(question):
 @given(strategies.questions(ARCHITECTURES, observables=ALONG), st.integers(1, 6))
 def test_later_tokens_change_no_earlier_prediction(question, more):
     """Causality: in a longer context the first entries are those of the shorter one, exactly where
-    nothing is dropped, and otherwise to a part of what both state to drop: the 1/d terms take
-    variances that depend on the position for their mean."""
+    nothing is dropped, and otherwise to what both state to drop: the 1/d terms take variances that
+    depend on the position for their mean."""
     n_ctx = question.architecture.n_ctx
     longer = replace(question.architecture, n_ctx=n_ctx + more)
     short, long = predicted(question), predicted(replace(question, architecture=longer))
     shown = tuple(slice(length) for length in question.shape)
     gap = np.abs(short.values - long.values[shown])[question.judged]
     dropped = np.maximum(short.remainder, long.remainder[shown])[question.judged]
+    assert np.isfinite(dropped).all()
     assert (gap <= ROUNDING * np.abs(short.values).max() + dropped).all()
 
 

@@ -90,7 +90,7 @@ for contract in plugins.contracts():
 for held in ([], plugins.contracts()):
     kinds = (testing.LayerContract, KernelContract, testing.SchemeContract, LawContract)
     lines = [line for kind in kinds for line in testing.uncovered(kind, held)]
-    theirs = [line for line in lines if any(word in line for word in ("LayerScale", "Rescale", "neox"))]
+    theirs = [line for line in lines if any(w in line for w in ("LayerScale", "Rescale", "neox"))]
     print(json.dumps(theirs))
 """
 

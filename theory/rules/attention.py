@@ -3,7 +3,7 @@
 How a softmax is treated is the fidelity: `uniform` takes a_mn = 1/m here, the others are in
 `theory.rules.softmax`.  For a softmax taken as uniform the remainder is the leading effect of
 what is ignored, with s^2 the variance of a logit: sum of a^2 grows by exp(s^2) - 1, and the
-tilt towards keys that agree with the query adds s^2/d to the output's second moment, m s^2/d
+tilt towards keys that agree with the query adds s^2/d to the output's second moment, (m - 1) s^2/d
 relative to 1/m.
 """
 
@@ -143,7 +143,7 @@ def uniform_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
     pattern, values = operation.inputs
     logits = traits[pattern].logits
     assert logits is not None
-    ignored = [grown(J(x, x), x, x**2) + x * J(x, x) / d for x in (m, n)]
+    ignored = [grown(J(x, x), x, x**2) + (x - 1) * J(x, x) / d for x in (m, n)]
     sources = (values, logits)
     return prefix_mean(
         "attention taken as uniform", sources, after(operation, traits), sum(ignored) / 2
