@@ -6,13 +6,14 @@ that knows the answer by another route or the verdict of a claim, never a snapsh
 Where the first that was named noticed nothing it is listed too, beside the one that does: that was
 a hole, or an error too small for the sizes that were asked.
 
-A catcher is written as the command that asks it, to be run by `python -m`; both kinds end with
-status 1 where they notice something (a failed test, a verdict opposite to what the best theory
-expects).
+A catcher is written as the command that asks it, to be run by `python -m`: a test, all those of a
+class or of a file, or a verdict.  Both kinds end with status 1 where they notice something (a
+failed test, a verdict opposite to what the best theory expects).
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,12 @@ class Plant:
     new: str
     catcher: str
     unnoticed_by: str = ""
+
+    @property
+    def digest(self) -> str:
+        """That of the change: what was said of another one says nothing of this."""
+        change = repr((self.module, self.old, self.new)).encode()
+        return hashlib.blake2b(change, digest_size=8).hexdigest()
 
     def apply(self, root: Path) -> None:
         """Plant it in the sources under `root`; raise `ValueError` where it does not apply."""

@@ -137,6 +137,7 @@ def row(plant: Plant, clean: Answer, found: Answer) -> dict[str, Any]:
         "wrong": plant.wrong,
         "area": plant.area,
         "module": plant.module,
+        "change": plant.digest,
         "catcher": plant.catcher,
         "unnoticed by": plant.unnoticed_by,
         "caught": clean.status == SILENT and found.status == NOTICED,
