@@ -98,6 +98,12 @@ def test_the_order_of_questions(alone):
     assert_same_bits(evidence(ASKED[::-1]), alone[::-1])
 
 
+def test_questions_of_one_shape_keep_their_answers():
+    """Nothing but the numbers tells the answers of these apart."""
+    alike = [ask(f"blocks.0.attn.{name}") for name in "qkvz"]
+    assert_same_bits(evidence(alike), [evidence([question])[0] for question in alike])
+
+
 @dataclasses.dataclass(frozen=True)
 class Spy:
     """Standard normal weights, noting the settings under which they are drawn."""

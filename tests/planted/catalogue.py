@@ -858,7 +858,7 @@ _ENGINE = (
         "montecarlo/campaign.py",
         "fresh = dict(zip(part.missing, found, strict=True))",
         "fresh = dict(zip(part.missing, found[::-1], strict=True))",
-        _test("montecarlo/test_bits.py::test_the_order_of_questions"),
+        _test("montecarlo/test_bits.py::test_questions_of_one_shape_keep_their_answers"),
     ),
     Plant(
         "blocks merged as they come",
