@@ -314,6 +314,51 @@ _THEORY = (
         "np.asarray(norms + norms.cumsum() / count)",
         _test("theory/test_repetition.py::test_patterns_over_few_words_know_what_they_miss"),
     ),
+    Plant(
+        "deviation for variance",
+        "a random map's Gram matrix fluctuates by one over the root of its width",
+        "theory",
+        "theory/rules/linear.py",
+        "max(1 / weight.fan_out - lost, 0.0)",
+        "max(weight.fan_out**-0.5 - lost, 0.0)",
+        _test("properties/test_limits.py::test_what_width_adds_falls_as_one_over_d"),
+    ),
+    Plant(
+        "both halves whole",
+        "what two queries share counts fully in either half of a sum that is symmetrised",
+        "theory",
+        "theory/rules/mixing.py",
+        "shared *= queries[rows] / 2",
+        "shared *= queries[rows]",
+        _test("properties/test_limits.py::test_a_fidelity_is_wrong_by_the_order_it_claims"),
+    ),
+    Plant(
+        "prefix sum off by one",
+        "a prefix mean sums over i <= m and j < n",
+        "theory",
+        "theory/propagation.py",
+        "    return np.asarray(column_sums(matrix).cumsum(1))",
+        "    sums = column_sums(matrix)\n    return np.asarray(sums.cumsum(1) - sums)",
+        _test("properties/test_kernels.py::test_a_kernel_is_symmetric_and_positive"),
+    ),
+    Plant(
+        "a bias for each position",
+        "a bias adds to the diagonal of a kernel alone, as if positions had their own",
+        "theory",
+        "theory/rules/linear.py",
+        "expression += symbols.sigma_b**2",
+        "expression += symbols.sigma_b**2 * sp.KroneckerDelta(m, n)",
+        _test("contracts/test_layers.py::TestAttentionWithBiasesKernelContract"),
+    ),
+    Plant(
+        "left root in the upper tail",
+        "P(phi(X) > x) subtracts what lies beyond the left root of GELU, where it adds",
+        "theory",
+        "theory/laws/transformed.py",
+        "self._gaussian.sf(self._phi.risen(x)) + left",
+        "self._gaussian.sf(self._phi.risen(x)) - left",
+        _test("contracts/test_laws.py::Test_gelu"),
+    ),
 )
 
 _LAYERS = (
@@ -504,6 +549,54 @@ _LAYERS = (
         "np.arange(1, size + 1, dtype=np.float64) ** -exponent",
         "np.arange(2, size + 2, dtype=np.float64) ** -exponent",
         _test("nope/test_tokens.py::test_zipf_probabilities_are_normalised_exactly"),
+    ),
+    Plant(
+        "queries and keys exchanged",
+        "l_mn is <k_m, q_n>: the same law, another network",
+        "layers",
+        "nope/transformer.py",
+        "    q, k = inputs\n    draws, heads, length, d_head = q.shape",
+        "    k, q = inputs\n    draws, heads, length, d_head = q.shape",
+        _test("contracts/test_layers.py::TestAttentionLayerContract"),
+    ),
+    Plant(
+        "a query blind to its own key",
+        "the mask takes the diagonal too, but for the first query, which would see nothing",
+        "layers",
+        "nope/transformer.py",
+        "dtype=q.dtype).triu_(1)\n",
+        "dtype=q.dtype).triu_(0)\n        mask[0, 0] = 0.0\n",
+        _test("properties/test_layers.py::test_small_logits_attend_uniformly"),
+    ),
+    Plant(
+        "residual behind the norm",
+        "a branch is added to what its norm has made of the stream",
+        "layers",
+        "nope/layers.py",
+        "            output = operation.place\n        yield Add(",
+        "            output = operation.place\n"
+        "            if isinstance(operation, Normalise):\n"
+        "                source = operation.place\n"
+        "        yield Add(",
+        _test("properties/test_layers.py::test_norms_make_branches_free_of_the_streams_scale"),
+    ),
+    Plant(
+        "biases of heads forgotten",
+        "queries, keys and values are mapped without the bias that they were asked to have",
+        "layers",
+        "nope/transformer.py",
+        "    if operation.bias is not None:",
+        "    if operation.bias is not None and operation.n_heads is None:",
+        _test("contracts/test_layers.py::TestAttentionWithBiasesLayerContract"),
+    ),
+    Plant(
+        "kurtosis of a uniform law",
+        "uniform weights state the kurtosis of Gaussian ones, 3 for 9/5",
+        "layers",
+        "nope/init.py",
+        "kurtosis: ClassVar[float] = 9 / 5",
+        "kurtosis: ClassVar[float] = 3.0",
+        _test("contracts/test_schemes.py"),
     ),
 )
 
@@ -763,6 +856,36 @@ _STATISTICS = (
             "montecarlo/test_estimators.py::test_components_of_variance_add_up_to_the_plain_variance"
         ),
     ),
+    Plant(
+        "a kurtosis in each draw",
+        "fourth moment and squared variance are divided draw by draw, and the ratios averaged",
+        "statistics",
+        "montecarlo/observables.py",
+        '"kurtosis": Statistic(fourth_and_second, _ratio_to_square, _ratio_to_square_gradient),',
+        '"kurtosis": Statistic(\n'
+        "        lambda x, q: (power_mean(x, q, 4) / power_mean(x, q, 2) ** 2).unsqueeze(1)\n"
+        "    ),",
+        _test("contracts/test_measurement.py::Test_kurtosis"),
+    ),
+    Plant(
+        "below for at or below",
+        "the distribution function leaves out what lies at the point itself",
+        "statistics",
+        "montecarlo/observables.py",
+        "(values <= point)",
+        "(values < point)",
+        _test("contracts/test_measurement.py::Test_cdf"),
+    ),
+    Plant(
+        "seed 0 taken for none",
+        "a run's JSON says of weights given by seed 0 that none are given",
+        "statistics",
+        "reports/suite.py",
+        'given = f"Weights(seed={question.given.seed})" if question.given else None',
+        "seed = question.given and question.given.seed\n"
+        '    given = f"Weights(seed={seed})" if seed else None',
+        _test("properties/test_round_trips.py::test_a_question_comes_back_from_a_runs_json"),
+    ),
 )
 
 _ENGINE = (
@@ -868,6 +991,33 @@ _ENGINE = (
         "found, seconds = self.waiting.pop(self.merged)",
         "found, seconds = self.waiting.pop(next(iter(self.waiting)))",
         _test("planted/test_catchers.py::test_blocks_merge_in_index_order"),
+    ),
+    Plant(
+        "every chunk from the start",
+        "a stream begins anew in each chunk of a block: all chunks are the first",
+        "engine",
+        "montecarlo/sampler.py",
+        "    @cache\n    def source(path: str)",
+        "    def source(path: str)",
+        _test("contracts/test_measurement.py::TestSampler_real"),
+    ),
+    Plant(
+        "any independent weights collapsed",
+        "images of few tokens are drawn as R G where the weights are not Gaussian",
+        "engine",
+        "montecarlo/collapsed.py",
+        "return rows < weight.fan_in and law.independent and law.gaussian",
+        "return rows < weight.fan_in and law.independent",
+        _test("contracts/test_measurement.py::TestSampler_collapsed"),
+    ),
+    Plant(
+        "the last block left out",
+        "a question ends one block before its draws do",
+        "engine",
+        "montecarlo/campaign.py",
+        "return self.upcoming * self.group.block_size >= self.limit",
+        "return (self.upcoming + 1) * self.group.block_size >= self.limit",
+        _test("contracts/test_measurement.py::TestInProcess"),
     ),
 )
 
