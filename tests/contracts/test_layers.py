@@ -42,6 +42,16 @@ GATES = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
 # ------------------------------------------------------------------------------- simulations
 
 
+@dataclass(frozen=True)
+class RandomBiases:
+    """Every weight N(0, std^2), the biases too: those of attention are 0 by all of `nope.init`."""
+
+    std: float
+
+    def law(self, weight, architecture):
+        return nope.init.Normal(self.std)
+
+
 def affine(x, weights, prefix, suffix):
     """x W + b, where there is a b."""
     return x @ weights[f"{prefix}.W_{suffix}"] + weights.get(f"{prefix}.b_{suffix}", 0.0)
@@ -113,9 +123,9 @@ class Attention(Own):
         return {"attn.pattern": pattern, "attn.z": z, "attn_out": affine(z, weights, "attn", "O")}
 
 
-class AttentionWithBiases(Attention):
+class AttentionWithRandomBiases(Attention):
     layer = nope.Attention(4, bias=True)
-    init = nope.init.torch_default()
+    init = RandomBiases(0.15)
 
 
 class AttentionBehindANorm(Attention):
@@ -156,6 +166,7 @@ class AttentionWithoutAMask(Attention):
 
 class UniformAttention(Attention):
     layer = nope.Attention(2, "uniform", bias=True)
+    init = RandomBiases(0.25)
 
     def plain(self, x, weights):
         v = affine(x, weights, "attn", "V")
@@ -259,7 +270,9 @@ class GaussianTokensAfterABos(GaussianTokens):
 
 
 def of_activation(base, name):
-    return type(f"MLP_{name}", (base,), {"layer": nope.MLP(11, name, bias=name == "gelu")})
+    bias = name in ("gelu", "swiglu")
+    init = {"init": RandomBiases(0.4)} if bias else {}
+    return type(f"MLP_{name}", (base,), {"layer": nope.MLP(11, name, bias)} | init)
 
 
 SIMULATIONS = [
@@ -272,7 +285,7 @@ SIMULATIONS = [
     AttentionTakenAsUniform,
     AttentionToFirstOrder,
     AttentionAtAnyTemperature,
-    AttentionWithBiases,
+    AttentionWithRandomBiases,
     AttentionWithoutAMask,
     UniformAttention,
     UniformAttentionWithoutAMask,
@@ -321,6 +334,15 @@ def test_everything_registered_has_a_contract(kind):
     """Layers, tokens, operations, their kernel rules and symmetries, of plugins too."""
     assert len(list(kind.registered())) > 10
     assert uncovered(kind, CONTRACTS) == []
+
+
+@pytest.mark.parametrize(
+    "contract", [each for each in CONTRACTS if issubclass(each, LayerContract)]
+)
+def test_no_weight_of_a_contract_is_zero(contract):
+    """A layer that forgets it would be held to nothing."""
+    _, weights = next(contract().draws(1))
+    assert [path for path, array in weights.items() if not array.all()] == []
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ WIDE = (
 class Plant:
     """A mistake: `old` becomes `new` in the file `module`, and `catcher` must notice.
 
-    `unnoticed_by` is the catcher that was named first, where that did not.
+    `unnoticed_by` is the catcher that was named first, where that, as it was, did not.
     """
 
     name: str
@@ -348,7 +348,8 @@ _THEORY = (
         "theory/rules/linear.py",
         "expression += symbols.sigma_b**2",
         "expression += symbols.sigma_b**2 * sp.KroneckerDelta(m, n)",
-        _test("contracts/test_layers.py::TestAttentionWithBiasesKernelContract"),
+        _test("contracts/test_layers.py::TestAttentionWithRandomBiasesKernelContract"),
+        unnoticed_by=_test("contracts/test_layers.py::TestAttentionWithBiasesKernelContract"),
     ),
     Plant(
         "left root in the upper tail",
@@ -587,7 +588,8 @@ _LAYERS = (
         "nope/transformer.py",
         "    if operation.bias is not None:",
         "    if operation.bias is not None and operation.n_heads is None:",
-        _test("contracts/test_layers.py::TestAttentionWithBiasesLayerContract"),
+        _test("contracts/test_layers.py::TestAttentionWithRandomBiasesLayerContract"),
+        unnoticed_by=_test("contracts/test_layers.py::TestAttentionWithBiasesLayerContract"),
     ),
     Plant(
         "kurtosis of a uniform law",
