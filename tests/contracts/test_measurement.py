@@ -14,6 +14,7 @@ from distributed import LocalCluster
 import nope
 from montecarlo import collapsed, engines
 from montecarlo.observables import STATISTICS, Statistic
+from montecarlo.sampler import Group
 from montecarlo.testing import (
     EngineContract,
     ObservableContract,
@@ -22,6 +23,7 @@ from montecarlo.testing import (
     uncovered,
 )
 from nope import plugins
+from tests.contracts.test_layers import RandomBiases, affine
 
 # ------------------------------------------------------------------------------ observables
 # `draws` has x[m, coordinate] of each draw, or a[head, m, n], with positions from 0.
@@ -168,6 +170,16 @@ for name, plain in PLAIN.items():
     globals()[contract.__name__] = contract
 
 
+class TestCdfWithAnAtom(ObservableContract):
+    """Half of a ReLU's units lie at a point exactly."""
+
+    name = "cdf"
+    architecture = nope.decoder(6, 2, n_ctx=5, d_ff=7, activation="relu")
+    places = ("blocks.0.mlp.post", "blocks.0.attn.scores")
+    points = (-0.1, 0.0, 0.1)
+    plain = staticmethod(cdf)
+
+
 # --------------------------------------------------------------------------------- samplers
 
 
@@ -180,15 +192,15 @@ class Layer(SamplerContract):
             nope.Residual(nope.Sequence((nope.Norm("ln2"), nope.MLP(6, "relu"))), "post"),
         )
     )
-    init = nope.init.normal(0.3)
+    init = RandomBiases(0.3)
 
     def plain(self, x, weights):
         values = {"ln1": self.normed(x)}
-        values |= {f"attn.{n}": values["ln1"] @ weights[f"attn.W_{n.upper()}"] for n in "qkv"}
+        values |= {f"attn.{n}": affine(values["ln1"], weights, "attn", n.upper()) for n in "qkv"}
         heads = {n: np.split(values[f"attn.{n}"], 2, axis=1) for n in "qkv"}
         z = [self.attended(*parts) for parts in zip(*heads.values(), strict=True)]
         values["attn.z"] = np.concatenate(z, 1)
-        values["attn_out"] = values["attn.z"] @ weights["attn.W_O"]
+        values["attn_out"] = affine(values["attn.z"], weights, "attn", "O")
         values["mid"] = x + values["attn_out"]
         values["ln2"] = self.normed(values["mid"])
         values["mlp.pre"] = values["ln2"] @ weights["mlp.W_in"]
@@ -209,6 +221,25 @@ class Layer(SamplerContract):
 
 for name in collapsed.SAMPLERS:
     globals()[f"TestSampler_{name}"] = Layer.named(name, sampler=name)
+
+
+class TestCollapsedUniformWeights(Layer):
+    """What is not Gaussian is drawn itself."""
+
+    sampler = "collapsed"
+    init = nope.init.xavier_uniform()
+
+
+@pytest.mark.parametrize("name", collapsed.SAMPLERS)
+def test_no_draw_of_a_block_comes_twice(name):
+    """Of a layer so wide that a block takes several chunks: streams go on from each to the next."""
+    wide = Layer.named(name, sampler=name, d_model=48)()
+    asked = nope.Question(wide.architecture, wide.init, wide.places[0], "kernel")
+    group = Group.of(asked, wide.conditions)
+    assert group.block_size > group.chunk_size()
+    for place, values in wide.sampled(wide.places).items():
+        largest = values.flatten(1).amax(1)
+        assert len(largest.unique()) == group.block_size, place
 
 
 # ----------------------------------------------------------------------------------- engines

@@ -876,7 +876,8 @@ _STATISTICS = (
         "montecarlo/observables.py",
         "(values <= point)",
         "(values < point)",
-        _test("contracts/test_measurement.py::Test_cdf"),
+        _test("contracts/test_measurement.py::TestCdfWithAnAtom"),
+        unnoticed_by=_test("contracts/test_measurement.py::Test_cdf"),
     ),
     Plant(
         "seed 0 taken for none",
@@ -1001,7 +1002,8 @@ _ENGINE = (
         "montecarlo/sampler.py",
         "    @cache\n    def source(path: str)",
         "    def source(path: str)",
-        _test("contracts/test_measurement.py::TestSampler_real"),
+        _test("contracts/test_measurement.py::test_no_draw_of_a_block_comes_twice"),
+        unnoticed_by=_test("contracts/test_measurement.py::TestSampler_real"),
     ),
     Plant(
         "any independent weights collapsed",
@@ -1010,7 +1012,8 @@ _ENGINE = (
         "montecarlo/collapsed.py",
         "return rows < weight.fan_in and law.independent and law.gaussian",
         "return rows < weight.fan_in and law.independent",
-        _test("contracts/test_measurement.py::TestSampler_collapsed"),
+        _test("contracts/test_measurement.py::TestCollapsedUniformWeights"),
+        unnoticed_by=_test("contracts/test_measurement.py::TestSampler_collapsed"),
     ),
     Plant(
         "the last block left out",

@@ -13,7 +13,7 @@ from tests.planted.catalogue import AREAS, CATALOGUE, Plant
 from tests.planted.run import NOTICED, RESULTS, ROOT, SILENT, ask, planted
 
 SHARE = 3
-"""How many are planted each day: all of them, in turn, in a month."""
+"""How many are planted each day: all of them, in turn, in five weeks."""
 
 
 @pytest.mark.parametrize("plant", CATALOGUE, ids=lambda plant: plant.name)
