@@ -72,7 +72,7 @@ def environment(root: Path) -> Mapping[str, str]:
     return inherited | {
         "PYTHONPATH": str(root),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTEST_ADDOPTS": "-q -x -p no:randomly -p no:cacheprovider",
+        "PYTEST_ADDOPTS": "-q -x -p no:randomly -p no:cacheprovider --hypothesis-profile=planted",
         "NOPE_CACHE_DIR": "",
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "400",
@@ -91,10 +91,11 @@ def ask(catchers: Sequence[str], root: Path) -> Answer:
             env=dict(environment(root)),
             capture_output=True,
             text=True,
-            timeout=SECONDS,
+            timeout=SECONDS * len(catchers),
         )
     except subprocess.TimeoutExpired:
-        return Answer(None, f"no answer in {SECONDS} s", time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        return Answer(None, f"no answer in {seconds:.0f} s", seconds)
     seconds = time.perf_counter() - begin
     return Answer(found.returncode, last_words(found.stdout + found.stderr), seconds)
 
