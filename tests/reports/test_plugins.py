@@ -6,7 +6,6 @@ do not work; one process with that directory on its path runs the command severa
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -377,38 +376,3 @@ def test_a_layer_that_fails_is_a_row_with_the_reason(monkeypatch, module, verdic
     assert (asked.verdict, other.verdict) == (verdict, "CONFIRMED")
     assert asked.reason.startswith(reason)
     assert asked.derivation == []
-
-
-# ------------------------------------------------------------------------------- the readme
-
-
-def typed(words: list[str], folder: Path) -> str:
-    """What a command of this environment prints."""
-    command = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_readme_verifies_a_theorem_in_under_30_lines(tmp_path):
-    """Copied into a file of a fresh directory and run, with worker processes; then the report."""
-    (section,) = re.findall(
-        r"^## Verify your own theorem$(.*?)^## ",
-        (REPOSITORY / "README.md").read_text(),
-        re.MULTILINE | re.DOTALL,
-    )
-    code, commands = re.findall(r"^```(?:python)?\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    assert len(code.splitlines()) < 30
-    (tmp_path / "my_theorem.py").write_text(code)
-    words = (line.split("#")[0].split() for line in commands.splitlines())
-    theorem, report = (typed(command, tmp_path) for command in words)
-    assert theorem.count("REFUTED") == 2
-    found = {(v.claim, v.verdict, v.expected) for v in Run.load(tmp_path / "runs" / "mine")}
-    assert found == {
-        ("mine.half", "CONFIRMED", "CONFIRMED"),
-        ("mine.third", "REFUTED", "REFUTED"),
-    }
-    assert "report.html" in report
-    assert "mine.third" in (tmp_path / "runs" / "mine" / "report.html").read_text()
