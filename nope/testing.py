@@ -14,9 +14,13 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from inspect import signature
+from numbers import Real
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -178,14 +182,17 @@ class SchemeContract(Contract):
     """A scheme: `plain(weight, architecture)` is the variance and the kurtosis it should give.
 
     Both are written from the scheme's definition; the kurtosis is None for weights that are 0.
-    `architecture` should have every role, with widths that differ.
+    They are held at every weight of `architecture`, which should have every role, with widths
+    that differ, and of `others`; drawn are the weights of `architecture` whose laws differ.
+    Covers the registered `name` if its constructor makes schemes like this one.
     """
 
     name: ClassVar[str]
     scheme: ClassVar[Scheme]
     architecture: ClassVar[Architecture] = decoder(6, 2, 3, d_ff=9, n_ctx=2, bias=True)
+    others: ClassVar[tuple[Architecture, ...]] = (decoder(8, 4, 2, d_ff=0, n_ctx=3, bias=True),)
     seed: ClassVar[int] = 0
-    DRAWS: ClassVar[int] = 2000
+    NUMBERS: ClassVar[int] = 500_000
 
     @classmethod
     def registered(cls) -> list[str]:
@@ -193,7 +200,13 @@ class SchemeContract(Contract):
 
     @classmethod
     def covers(cls) -> list[str]:
-        return [f"scheme {cls.name}"]
+        covered = cls.name in SCHEMES and _is_of(cls.name, cls.given())
+        return [f"scheme {cls.name}"] * covered
+
+    @classmethod
+    def given(cls) -> Scheme:
+        """The scheme, that of the registered constructor unless there is one."""
+        return cls.scheme if hasattr(cls, "scheme") else _made(SCHEMES[cls.name])
 
     def plain(self, weight: Weight, architecture: Architecture) -> tuple[float, float | None]:
         """Variance and kurtosis of an entry."""
@@ -201,54 +214,72 @@ class SchemeContract(Contract):
 
     @property
     def held(self) -> Scheme:
-        """The scheme, that of the registered constructor unless given."""
-        return self.scheme if hasattr(self, "scheme") else SCHEMES[self.name]()
+        return self.given()
 
     @property
-    def laws(self) -> Iterator[tuple[Weight, WeightLaw]]:
-        """A weight of each role, of each shape, with its law."""
-        kinds = {(w.role, w.shape, w.path.split(".")[-1]): w for w in self.architecture.weights}
-        return ((w, law_of(self.held, w, self.architecture)) for w in kinds.values())
+    def every(self) -> Iterator[tuple[Weight, Architecture, WeightLaw]]:
+        """Every weight of every architecture, with its law."""
+        for network in (self.architecture, *self.others):
+            for weight in network.weights:
+                yield weight, network, law_of(self.held, weight, network)
+
+    @property
+    def laws(self) -> list[tuple[Weight, WeightLaw]]:
+        """A weight of `architecture` for each law and shape, which are all that a draw knows of."""
+        found: list[tuple[Weight, WeightLaw]] = []
+        for weight in self.architecture.weights:
+            law = law_of(self.held, weight, self.architecture)
+            if not any(w.shape == weight.shape and known == law for w, known in found):
+                found.append((weight, law))
+        return found
 
     def test_the_scheme_survives_repr_and_pickle(self) -> None:
         assert_survives(self.held)
 
     def test_a_law_is_stated_for_every_weight(self) -> None:
-        for weight, law in self.laws:
+        for weight, _, law in self.every:
             assert isinstance(law, WeightLaw), f"expected a WeightLaw for {weight.path}, got {law}"
             assert not law.gaussian or law.independent, f"{weight.path}: Gaussian is independent"
 
     def test_variance_and_kurtosis_are_the_plain_ones(self) -> None:
-        for weight, law in self.laws:
-            variance, kurtosis = self.plain(weight, self.architecture)
+        for weight, network, law in self.every:
+            variance, kurtosis = _pair(self.plain(weight, network), weight)
             assert_close(law.variance, variance, 1e-12, f"the variance of {weight.path}")
             if kurtosis is not None:
                 assert_close(law.kurtosis, kurtosis, 1e-12, f"the kurtosis of {weight.path}")
 
     def test_drawn_weights_have_the_stated_moments(self) -> None:
-        """Mean, second and fourth moment, and that of pairs where entries are independent."""
+        """Of each entry and on average, and those of neighbours where entries are independent."""
         for where, source in SOURCES.items():
             for weight, law in self.laws:
                 drawn = self._drawn(law, source(self.seed, weight.path), weight)
-                for moment, (per_draw, expected) in _moments(drawn, law).items():
-                    gap = np.abs(per_draw.mean(0) - expected)
-                    allowed = half_width(per_draw) + 1e-12 * law.variance
+                for moment in _moments(drawn, law):
+                    found = moment.per_draw.mean(0)
+                    gap = np.abs(found - moment.expected)
+                    allowed = half_width(moment.per_draw) + 1e-12 * moment.size
+                    worst = np.unravel_index(np.argmax(gap - allowed), gap.shape)
                     assert (gap <= allowed).all(), (
-                        f"expected {moment} of {weight.path} to be {expected:.6g}, got "
-                        f"{per_draw.mean():.6g} of {len(drawn)} draws by {where}"
+                        f"expected {moment.name} of {weight.path} to be {moment.expected:.6g} +- "
+                        f"{allowed[worst]:.2g}, got {found[worst]:.6g} of {len(drawn)} draws by "
+                        f"{where}"
                     )
 
     def test_gaussian_weights_are_gaussian(self) -> None:
-        """What calls itself Gaussian has a Gaussian's distribution function."""
+        """What calls itself Gaussian has a Gaussian's distribution function, at every entry."""
         from scipy.special import ndtr
 
-        for weight, law in self.laws:
-            if law.gaussian and law.variance:
-                drawn = self._drawn(law, SOURCES["NumPy"](self.seed, weight.path), weight)
-                entry = np.sort(drawn.reshape(len(drawn), -1)[:, 0]) / np.sqrt(law.variance)
-                steps = np.arange(1, len(entry) + 1) / len(entry)
-                gap = np.abs(ndtr(entry) - steps).max()
-                assert gap <= distance(len(entry)), f"{weight.path}: no Gaussian, {gap:.3f} away"
+        for where, source in SOURCES.items():
+            for weight, law in self.laws:
+                if law.gaussian and law.variance:
+                    drawn = self._drawn(law, source(self.seed, weight.path), weight)
+                    entries = np.sort(drawn.reshape(len(drawn), -1), 0) / np.sqrt(law.variance)
+                    steps = np.arange(1, len(drawn) + 1) / len(drawn)
+                    gap = np.abs(ndtr(entries) - steps[:, None]).max()
+                    allowed = distance(len(drawn), ERROR_RATE / entries.shape[1])
+                    assert gap <= allowed, (
+                        f"expected {weight.path} to be Gaussian to {allowed:.3f}, got a gap of "
+                        f"{gap:.3f} in a distribution function by {where}"
+                    )
 
     def test_a_draw_depends_on_its_stream_and_shape_only(self) -> None:
         """The asked shape; the same numbers from the same stream, others from another seed."""
@@ -266,20 +297,84 @@ class SchemeContract(Contract):
         return np.asarray(law.draw(source, (count, *weight.shape)))
 
     def _drawn(self, law: WeightLaw, source: Source, weight: Weight) -> np.ndarray:
-        return self._draw(law, source, weight, self.DRAWS)
+        """About so many `NUMBERS`, whatever the shape."""
+        return self._draw(law, source, weight, self.NUMBERS // math.prod(weight.shape))
 
 
-def _moments(drawn: np.ndarray, law: WeightLaw) -> dict[str, tuple[np.ndarray, float]]:
-    """What each draw says of a moment, (draws, 1), and what it should be on average."""
-    entry = drawn.reshape(len(drawn), -1)
-    square = entry**2
-    stated = {
-        "the mean": (entry, 0.0),
-        "the second moment": (square, law.variance),
-    }
-    if law.variance:
-        stated["the fourth moment"] = (square**2, law.kurtosis * law.variance**2)
+def _made(constructor: Callable[..., Scheme]) -> Scheme:
+    """The scheme of a constructor by its defaults; 1 for a parameter that has none."""
+    every = signature(constructor).parameters.values()
+    named = (p for p in every if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return constructor(**{p.name: 1.0 for p in named if p.default is p.empty})
+
+
+def _is_of(name: str, scheme: Scheme) -> bool:
+    """Whether the registered constructor makes such schemes."""
+    constructor = SCHEMES[name]
+    parameters = signature(constructor).parameters
+    made = _made(constructor)
+    return _alike(made, scheme, frozenset(parameters)) if parameters else made == scheme
+
+
+def _alike(made: object, other: object, free: frozenset[str]) -> bool:
+    """Of one type, their numbers apart and the fields that a constructor is told by name."""
+    if type(made) is not type(other):
+        return False
+    if not is_dataclass(made):
+        return (isinstance(made, Real) and not isinstance(made, bool)) or made == other
+    ours = (field.name for field in fields(made) if field.name not in free)
+    return all(_alike(getattr(made, each), getattr(other, each), free) for each in ours)
+
+
+def _pair(found: object, weight: Weight) -> tuple[float, float | None]:
+    """What a scheme's `plain` gave; no kurtosis of a weight that is 0."""
+    wanted = f"expected `plain` to give a variance and a kurtosis of {weight.path}"
+    pair = isinstance(found, tuple) and len(found) == 2
+    assert pair, f"{wanted}, got {found!r}; return a pair"
+    variance, kurtosis = found
+    numbers = (variance,) if kurtosis is None else found
+    good = all(isinstance(x, Real) and math.isfinite(x) and x >= 0 for x in numbers)
+    assert good, f"{wanted}, got {found!r}; return finite numbers of at least 0"
+    missing = f"{wanted}, got {found!r}; give the kurtosis of what is not 0"
+    assert kurtosis is not None or variance == 0, missing
+    return variance, kurtosis
+
+
+class Moment(NamedTuple):
+    """What each draw says of a moment, what it should be on average, and the size of its terms."""
+
+    name: str
+    per_draw: np.ndarray
+    expected: float
+    size: float
+
+
+def _moments(drawn: np.ndarray, law: WeightLaw) -> Iterator[Moment]:
+    """Those of entries, of each and on average, and of neighbours if these are independent."""
+    variance = float(law.variance)
+    fourth = float(law.kurtosis) * variance**2 if variance else 0.0
+    for name, power, expected in (
+        ("the mean", 1, 0.0),
+        ("the second moment", 2, variance),
+        ("the fourth moment", 4, fourth),
+    ):
+        size, values = variance ** (power / 2), drawn**power
+        yield Moment(f"{name} of an entry", values, expected, size)
+        yield Moment(f"{name}", _averaged(values), expected, size)
     if law.independent:
-        neighbours = square * np.roll(square, 1, 1)
-        stated["E w_i^2 w_j^2"] = (neighbours, law.variance**2)
-    return {name: (each.mean(1, keepdims=True), float(x)) for name, (each, x) in stated.items()}
+        for where, product in _neighbours(drawn):
+            yield Moment(f"E w_i w_j {where}", product, 0.0, variance)
+            yield Moment(f"E w_i^2 w_j^2 {where}", _averaged(product**2), variance**2, variance**2)
+
+
+def _averaged(values: np.ndarray) -> np.ndarray:
+    """Over the entries of each draw, (draws, 1)."""
+    return np.asarray(values.reshape(len(values), -1).mean(1, keepdims=True))
+
+
+def _neighbours(drawn: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Products of entries and those beside them, the last one's neighbour being the first."""
+    axes = {"in a row": (-1,), "in a column": (-2,), "on a diagonal": (-2, -1)}
+    for where, moved in axes.items():
+        if all(-axis < drawn.ndim and drawn.shape[axis] > 1 for axis in moved):
+            yield where, drawn * np.roll(drawn, (1,) * len(moved), moved)

@@ -62,7 +62,8 @@ class TestNeoX(SchemeContract):
     scheme = neox()
 
     def plain(self, weight: Weight, architecture: Architecture) -> tuple[float, float | None]:
-        d, n_layers = architecture.d_model, architecture.n_residual / 2
+        into_stream = [w for w in architecture.weights if w.role in ("output", "mlp_out")]
+        d, n_layers = architecture.d_model, len(into_stream) / 2
         std = {
             "bias": 0.0,
             "output": 2 / n_layers / np.sqrt(d),
