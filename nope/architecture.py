@@ -10,6 +10,7 @@ the only list of places (`Architecture.places`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,8 +66,8 @@ class Architecture:
         longest = self.tokens.longest
         remedy = "lower n_ctx or give a longer text"
         expect(self.n_ctx <= longest, f"n_ctx of at most {longest} tokens", self.n_ctx, remedy)
-        names = [operation.place for operation in self.operations]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        names = Counter(operation.place for operation in self.operations)
+        twice = sorted(name for name, count in names.items() if count > 1)
         expect(not twice, "every place to have its own name", twice, "name the layers apart")
 
     @cached_property

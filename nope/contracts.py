@@ -23,6 +23,7 @@ import pickle
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cached_property
 from statistics import NormalDist
 from types import FunctionType, ModuleType
 from typing import Any, ClassVar, Self
@@ -33,6 +34,7 @@ import nope.layers
 import nope.tokens
 from nope import plugins
 from nope.architecture import Architecture
+from nope.checks import line
 from nope.init import Scheme, law_of, normal
 from nope.layers import ACTIVATIONS, ATTENTION_KINDS, MLP, NORMS, Attention, Layer, Norm, Sequence
 from nope.operations import Operation
@@ -133,10 +135,25 @@ def contracts_in(namespace: Mapping[str, Any]) -> list[type[Contract]]:
 
 def assert_survives(value: object) -> None:
     """A frozen value equals what its `repr` builds and what a worker process receives of it."""
-    rebuilt = eval(repr(value), dict(_types(value)))
-    for copy in (rebuilt, pickle.loads(pickle.dumps(value))):
-        assert copy == value, f"expected a copy equal to {value!r}, got {copy!r}"
-        assert hash(copy) == hash(value), f"expected the hash of {value!r} to depend on its fields"
+    remedy = "use @dataclass(frozen=True) in a module"
+    for what, copied in (("repr", _rebuilt), ("pickle", _unpickled)):
+        wanted = f"expected a {what} that makes it again"
+        try:
+            copy = copied(value)
+            same, hashed = copy == value, hash(copy) == hash(value)
+        except Exception as error:  # of whatever kind: the value cannot be made again
+            raise AssertionError(f"{wanted}, got {value!r} ({line(error)}); {remedy}") from error
+        assert same, f"{wanted}, equal to {value!r}, got {copy!r}; {remedy}"
+        assert hashed, f"expected the hash of {value!r} to depend on its fields; {remedy}"
+
+
+def _rebuilt(value: object) -> object:
+    """What the `repr` builds, of the classes in it and of NumPy's numbers."""
+    return eval(repr(value), {"np": np, "inf": math.inf, "nan": math.nan, **dict(_types(value))})
+
+
+def _unpickled(value: object) -> object:
+    return pickle.loads(pickle.dumps(value))
 
 
 def _types(value: object) -> Iterator[tuple[str, type]]:
@@ -152,11 +169,16 @@ def _types(value: object) -> Iterator[tuple[str, type]]:
 
 def assert_close(found: Any, expected: Any, rounding: float, what: str) -> None:
     """Equal up to `rounding` of the largest expected number; infinities and NaNs in place."""
+    assert not np.iscomplexobj(found), f"expected {what} real, got complex numbers"
     found, expected = np.asarray(found, dtype=float), np.asarray(expected, dtype=float)
     same = f"expected {what} of shape {expected.shape}, got {found.shape}"
     assert found.shape == expected.shape, same
     finite = np.isfinite(expected)
-    assert np.array_equal(found[~finite], expected[~finite], equal_nan=True), what
+    equal = (found == expected) | (np.isnan(found) & np.isnan(expected))
+    for index in map(tuple, np.argwhere(np.where(finite, ~np.isfinite(found), ~equal))):
+        wanted = f"finite {what}" if finite[index] else f"{what} to be {expected[index]}"
+        where = f" at {tuple(map(int, index))}" if index else ""
+        raise AssertionError(f"expected {wanted}, got {found[index]}{where}")
     scale = max(np.abs(expected[finite]).max(initial=0.0), np.finfo(float).tiny)
     gap = np.abs(found[finite] - expected[finite]).max(initial=0.0) / scale
     assert gap <= rounding, f"expected {what} to {rounding:.0e}, got a gap of {gap:.2g}"
@@ -185,7 +207,7 @@ class Simulated(Contract):
     `layer` is anything with `operations(scope, source)`.  `plain(x, weights)` is given the
     vectors x_m of one draw, (n_ctx, d_model), and the weights' arrays by path, and returns what
     is at each of the layer's places: vectors (n_ctx, width), heads side by side, and pairs
-    (n_heads, n_ctx, n_ctx).  Tokens that are rows of a table also need `embed`.
+    (n_heads, n_ctx, n_ctx), finite or -inf.  Tokens that are rows of a table also need `embed`.
     """
 
     layer: ClassVar[Layer] = Sequence(())
@@ -225,14 +247,59 @@ class Simulated(Contract):
     def values(
         self, drawn: np.ndarray, weights: Mapping[str, np.ndarray]
     ) -> Mapping[str, np.ndarray]:
-        """The plain values of one draw by place, `embed` among them."""
+        """The plain values of one draw by place, `embed` among them.
+
+        `AssertionError` unless they are at the layer's places, no more, and finite or -inf.
+        """
         x = self.embed(drawn, weights)
-        return {"embed": x, **self.plain(x, weights)}
+        found: Any = self.plain(x, weights)
+        given = f"expected `plain` to give arrays by place, got {type(found).__name__}"
+        assert isinstance(found, Mapping), f"{given}; return a dictionary"
+        unlike = self._inner ^ set(found)
+        assert not unlike, (
+            f"expected `plain` to give {sorted(self._inner)}, got {sorted(map(str, found))}; "
+            f"mend {sorted(map(str, unlike))}"
+        )
+        return {place: _plain(value, place) for place, value in {"embed": x, **found}.items()}
+
+    @cached_property
+    def _inner(self) -> set[str]:
+        """The layer's places, without the tokens'."""
+        return set(self.architecture.places()) - {"embed"}
+
+
+def _plain(value: Any, place: str) -> np.ndarray:
+    """What `Simulated.plain` gave at a place, finite or -inf, as an array."""
+    array = _real(value, place)
+    wrong = array[~(np.isfinite(array) | (array == -np.inf))]
+    assert not wrong.size, f"expected `plain` finite or -inf at {place}, got {wrong[0]}; mend it"
+    return array
+
+
+def _real(value: Any, what: str) -> np.ndarray:
+    """As an array of float64, of anything that holds real numbers."""
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # of a library whose arrays are not NumPy's
+        raise AssertionError(f"expected numbers of {what}, got {line(error)}; use NumPy") from error
+    kind = f"expected real numbers of {what}, got {array.dtype}"
+    assert array.dtype.kind in "iuf", f"{kind}; give an array of floats"
+    return array.astype(float)
 
 
 def entries(kind: str, classes: Iterable[type]) -> list[str]:
     """How classes are registered: `kind` and name, in order; `object` is any dispatch's default."""
-    return sorted(f"{kind} {each.__name__}" for each in classes if each is not object)
+    return sorted(f"{kind} {_named(each)}" for each in classes if each is not object)
+
+
+def _named(each: type) -> str:
+    """The name of a class, with the module unless it is one of `nope`: others may have the name.
+
+    >>> _named(Norm), _named(NumpySource), _named(int)
+    ('Norm', 'NumpySource', 'builtins.int')
+    """
+    ours = each.__module__.partition(".")[0] == "nope"
+    return each.__name__ if ours else f"{each.__module__}.{each.__qualname__}"
 
 
 def defined_in(module: ModuleType) -> list[type]:
@@ -264,13 +331,13 @@ def kinds() -> list[str]:
     """
     added = [plugin.given for plugin in plugins.layers() if not plugin.trouble]
     found = {each for module in (nope.layers, nope.tokens, *added) for each in defined_in(module)}
-    classes = sorted((each for each in found if _kind(each)), key=lambda each: each.__name__)
+    classes = sorted((each for each in found if _kind(each)), key=_named)
     return [
         entry
         for each in classes
         for entry in (
-            f"{_kind(each)} {each.__name__}",
-            *(f"{_kind(each)} {each.__name__} {name}" for name in NAMED.get(each, ("", ()))[1]),
+            f"{_kind(each)} {_named(each)}",
+            *(f"{_kind(each)} {_named(each)} {name}" for name in NAMED.get(each, ("", ()))[1]),
         )
     ]
 
@@ -286,7 +353,7 @@ def kinds_of(layer: Layer, tokens: Tokens) -> list[str]:
     """Which of the `kinds` a layer over tokens is, and what is in it."""
     found = []
     for part in (*_parts(layer), tokens):
-        entry = f"{_kind(type(part))} {type(part).__name__}"
+        entry = f"{_kind(type(part))} {_named(type(part))}"
         field, _ = NAMED.get(type(part), ("", ()))
         found += [entry, *([f"{entry} {getattr(part, field)}"] if field else [])]
     return found

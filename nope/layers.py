@@ -44,6 +44,11 @@ def divides(n_heads: int, d_model: int) -> None:
     expect(d_model % n_heads == 0, f"n_heads to divide d_model={d_model}", n_heads, remedy)
 
 
+def expect_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False: a word would count as True, "False" too."""
+    expect(isinstance(value, bool), f"{name} to be True or False", value, f"change {name}")
+
+
 @dataclass(frozen=True)
 class Scope:
     """Where a layer stands: the width of the stream and the prefix of its places."""
@@ -106,6 +111,8 @@ class Attention:
     def __post_init__(self) -> None:
         expect_count("n_heads", self.n_heads)
         expect_choice("attention", self.kind, ATTENTION_KINDS)
+        expect_flag("bias", self.bias)
+        expect_flag("causal", self.causal)
 
     def operations(self, scope: Scope, source: str) -> Iterator[Operation]:
         d, heads = scope.d_model, self.n_heads
@@ -151,6 +158,7 @@ class MLP:
     def __post_init__(self) -> None:
         expect_count("d_ff", self.d_ff)
         expect_choice("activation", self.activation, ACTIVATIONS)
+        expect_flag("bias", self.bias)
 
     def operations(self, scope: Scope, source: str) -> Iterator[Operation]:
         here, d = scope.within(self.name), scope.d_model

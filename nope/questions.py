@@ -247,6 +247,8 @@ class Question:
         expect(right, "an Architecture", self.architecture, "make one with nope.decoder")
         expect(isinstance(self.init, Scheme), "a Scheme", self.init, "take one of nope.init")
         expect(isinstance(self.place, str), "the name of a place", self.place, "change place")
+        fixed = self.given is None or isinstance(self.given, Weights)
+        expect(fixed, "given to be None or Weights", self.given, "use given=nope.Weights(seed)")
         expect(
             self.observable in OBSERVABLES,
             f"an observable of {', '.join(OBSERVABLES)}",

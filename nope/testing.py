@@ -62,17 +62,20 @@ __all__ = [
 ]
 
 CPU = torch.device("cpu")
+Precision = torch.dtype
 
 
 class LayerContract(Simulated):
-    """A layer, or tokens: the torch module is `plain`, draw by draw, in float64.
+    """A layer, or tokens: the torch module is `plain`, draw by draw, in float64 and in float32.
 
-    `causal` says that no output depends on later positions.  Covers the layer's class and
-    kind by name, its tokens' class and every operation it is made of.
+    `causal` says that no place depends on later positions.  `rounding` is that of float64 and
+    `rounding_float32` that of what measurements run in, of a place's largest entry.  Covers the
+    layer's class and kind by name, its tokens' class and every operation it is made of.
     """
 
     causal: ClassVar[bool] = True
     rounding: ClassVar[float] = 1e-12
+    rounding_float32: ClassVar[float] = 1e-5
     DRAWS: ClassVar[int] = 3
 
     @classmethod
@@ -94,32 +97,46 @@ class LayerContract(Simulated):
         return list(self.draws(self.DRAWS))
 
     def torch(
-        self, places: Iterable[str], draws: list[tuple[np.ndarray, dict[str, np.ndarray]]]
+        self,
+        places: Iterable[str],
+        draws: list[tuple[np.ndarray, dict[str, np.ndarray]]],
+        dtype: Precision = torch.float64,
     ) -> dict[str, Tensor]:
         """The torch module's values at `places` for all of `draws` at once."""
         tokens = torch.from_numpy(np.stack([drawn for drawn, _ in draws]))
 
         def weight(asked: Weight) -> Tensor:
-            return torch.from_numpy(np.stack([weights[asked.path] for _, weights in draws]))
+            return torch.from_numpy(np.stack([weights[asked.path] for _, weights in draws])).to(
+                dtype
+            )
 
-        return evaluate(self.architecture, places, tokens, weight)
+        inputs = tokens.to(dtype) if tokens.is_floating_point() else tokens
+        return evaluate(self.architecture, places, inputs, weight)
 
     def test_the_layer_survives_repr_and_pickle(self) -> None:
         assert_survives(self.layer)
         assert_survives(self.tokens)
 
     def test_plain_gives_every_place(self) -> None:
-        found = set(self.values(*self.drawn[0]))
-        expected = set(self.places)
-        assert found == expected, f"expected `plain` to give {expected}, got {found}"
+        """And nothing else; see `Simulated.values`."""
+        self.values(*self.drawn[0])
 
     def test_every_place_is_the_plain_one(self) -> None:
         """To rounding, at every place and in every draw of a batch."""
-        found = self.torch(self.places, self.drawn)
+        self._assert_plain(torch.float64, self.rounding)
+
+    def test_every_place_is_the_plain_one_in_float32(self) -> None:
+        """Which measurements run in unless told otherwise."""
+        self._assert_plain(torch.float32, self.rounding_float32)
+
+    def _assert_plain(self, dtype: Precision, rounding: float) -> None:
+        found = self.torch(self.places, self.drawn, dtype)
         for draw, drawn in enumerate(self.drawn):
             for place, expected in self.values(*drawn).items():
+                got = found[place].dtype
+                assert got == dtype, f"expected {dtype} at {place}, got {got}; keep the input's"
                 value = _plain_form(found[place][draw].numpy(), self.architecture, place)
-                assert_close(value, expected, self.rounding, place)
+                assert_close(value, expected, rounding, place)
 
     def test_shapes_are_the_stated_ones(self) -> None:
         """`draws n_ctx width` for vectors, `draws heads n_ctx n_ctx` for pairs."""
@@ -139,23 +156,49 @@ class LayerContract(Simulated):
             assert_close(alone, together[draw], self.rounding, f"draw {draw} alone")
 
     def test_later_positions_are_seen_only_without_a_mask(self) -> None:
-        """With other tokens from m + 1 on, the outputs up to m change for some m, or for none."""
-        changed = [m for m in range(1, len(self.drawn[0][0])) if self._changes(m)]
-        wanted = "none" if self.causal else "some"
+        """With other tokens from m + 1 on, what is up to m changes at some place, or at none."""
+        told = isinstance(self.causal, bool)
+        assert told, f"expected causal to be True or False, got {self.causal!r}; change causal"
+        (one, weights), count = self.drawn[0], len(self.drawn[0][0])
+        assert count > 1, f"expected at least two drawn positions, got {count}; raise n_ctx"
+        other = self._other(one)
+        changed = [
+            (place, seen)
+            for cut in range(count)
+            if (seen := self.n_ctx - count + cut)  # a BOS is not among what is drawn
+            for place in self._changed(one, np.concatenate([one[:cut], other[cut:]]), weights, seen)
+        ]
+        wanted = "no place" if self.causal else "some place"
         assert bool(changed) != self.causal, (
-            f"expected {wanted} of the outputs to see later positions, got those before {changed}"
+            f"expected {wanted} to see later positions, got these up to m: {changed}; change causal"
         )
 
-    def _changes(self, m: int) -> bool:
-        """Whether any output up to m depends on what is drawn after m."""
-        output, (one, weights), (other, _) = self.places[-1], *self.drawn[:2]
-        mixed = np.concatenate([one[:m], other[m:]])
-        found = self.torch([output], [(one, weights), (mixed, weights)])[output]
-        seen = self.n_ctx - len(one) + m  # a BOS is not among what is drawn
-        before, after = (_positions(value.numpy())[:seen] for value in found)
-        finite = np.isfinite(before)
-        gap = np.abs(before[finite] - after[finite]).max(initial=0.0)
-        return bool(gap > self.rounding * np.abs(before[finite]).max(initial=0.0))
+    def _other(self, one: np.ndarray) -> np.ndarray:
+        """Tokens that differ from `one` at every position, each from the first draw that does."""
+        other = one.copy()
+        for drawn, _ in self.draws(100):
+            same = (other == one).reshape(len(one), -1).all(1)
+            if not same.any():
+                return other
+            other[same] = drawn[same]
+        where = [int(position) + 1 for position in np.flatnonzero(same)]
+        raise AssertionError(
+            f"expected tokens that differ between draws, got the same at {where}; "
+            "give tokens of several values"
+        )
+
+    def _changed(
+        self, one: np.ndarray, mixed: np.ndarray, weights: dict[str, np.ndarray], seen: int
+    ) -> Iterator[str]:
+        """The places that are not the same for two inputs at the positions up to `seen`."""
+        found = self.torch(self.places, [(one, weights), (mixed, weights)])
+        for place in self.places:
+            before, after = (_positions(value.numpy())[:seen] for value in found[place])
+            finite = np.isfinite(before)
+            gap = np.abs(before[finite] - after[finite]).max(initial=0.0)
+            within = gap <= self.rounding * np.abs(before[finite]).max(initial=0.0)
+            if not within or not np.array_equal(before[~finite], after[~finite], equal_nan=True):
+                yield place
 
 
 def _positions(value: np.ndarray) -> np.ndarray:
@@ -321,19 +364,19 @@ def _alike(made: object, other: object, free: frozenset[str]) -> bool:
     if type(made) is not type(other):
         return False
     if not is_dataclass(made):
-        return (isinstance(made, Real) and not isinstance(made, bool)) or made == other
+        return made == other or (type(made) is not bool and isinstance(made, Real))
     ours = (field.name for field in fields(made) if field.name not in free)
     return all(_alike(getattr(made, each), getattr(other, each), free) for each in ours)
 
 
-def _pair(found: object, weight: Weight) -> tuple[float, float | None]:
+def _pair(found: Any, weight: Weight) -> tuple[float, float | None]:
     """What a scheme's `plain` gave; no kurtosis of a weight that is 0."""
     wanted = f"expected `plain` to give a variance and a kurtosis of {weight.path}"
     pair = isinstance(found, tuple) and len(found) == 2
     assert pair, f"{wanted}, got {found!r}; return a pair"
     variance, kurtosis = found
     numbers = (variance,) if kurtosis is None else found
-    good = all(isinstance(x, Real) and math.isfinite(x) and x >= 0 for x in numbers)
+    good = all(isinstance(x, Real) and 0 <= float(x) < math.inf for x in numbers)
     assert good, f"{wanted}, got {found!r}; return finite numbers of at least 0"
     missing = f"{wanted}, got {found!r}; give the kurtosis of what is not 0"
     assert kurtosis is not None or variance == 0, missing

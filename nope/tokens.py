@@ -125,7 +125,7 @@ class TextTokens:
         _expect_std(self.std)
         expect_choice("unit", self.unit, tuple(UNITS))
         if self.path is not None:
-            object.__setattr__(self, "path", os.fspath(self.path))
+            object.__setattr__(self, "path", _path(self.path))
         found = self._unchanged() if self.digest else self._read()
         object.__setattr__(self, "digest", found.digest)
 
@@ -175,6 +175,8 @@ class WithBos:
     tokens: Tokens
 
     def __post_init__(self) -> None:
+        kind = "GaussianTokens() or others of nope.tokens after a BOS"
+        expect(isinstance(self.tokens, Tokens), kind, self.tokens, "change tokens")
         one = not isinstance(self.tokens, WithBos)
         expect(one, "tokens without a BOS of their own", self.tokens, "drop one of the two")
 
@@ -205,6 +207,13 @@ def may_repeat(tokens: Tokens) -> bool:
 
 def _expect_std(std: float) -> None:
     expect_finite("the tokens' std", std, positive=True)
+
+
+def _path(path: object) -> str:
+    """The path as a string; one of bytes is refused, as what is no path."""
+    named = os.fspath(path) if isinstance(path, str | os.PathLike) else path
+    expect(isinstance(named, str), "path to be that of a text, or None", path, "change path")
+    return str(named)
 
 
 def _table(vocabulary: int, d_model: int) -> Weight:

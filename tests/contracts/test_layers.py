@@ -7,18 +7,21 @@ draws.  What a plugin registers is held by the contracts that it brings.
 
 import gc
 import math
+import sys
 from dataclasses import dataclass
+from types import ModuleType
 
 import numpy as np
 import pytest
 import sympy as sp
+import torch
 from scipy import special
 
 import nope
 from nope import plugins
 from nope.contracts import NAMED
 from nope.layers import NORMS
-from nope.operations import Operation
+from nope.operations import Average, Operation
 from nope.testing import LayerContract, contracts_in, uncovered
 from nope.tokens import TextTokens
 from nope.transformer import apply
@@ -353,8 +356,8 @@ class Triple(Operation):
 def test_an_operation_without_a_contract_is_named(monkeypatch):
     """The suite fails with the name and what to do, for each registry that it is in."""
     for dispatched, kind, entry in (
-        (apply, LayerContract, "operation Triple"),
-        (rule_for, KernelContract, "kernel rule of Triple"),
+        (apply, LayerContract, f"operation {__name__}.Triple"),
+        (rule_for, KernelContract, f"kernel rule of {__name__}.Triple"),
     ):
         (registry,) = gc.get_referents(dispatched.registry)  # the dictionary behind the proxy
         monkeypatch.setitem(registry, Triple, lambda *arguments: None)
@@ -404,8 +407,9 @@ def held(kind, *simulations, **attributes):
     return type("Held", (*simulations, kind), attributes)
 
 
-PLACE, LATER = (
+PLACE, SINGLE, LATER = (
     "test_every_place_is_the_plain_one",
+    "test_every_place_is_the_plain_one_in_float32",
     "test_later_positions_are_seen_only_without_a_mask",
 )
 
@@ -420,7 +424,7 @@ PLACE, LATER = (
         (held(LayerContract, CausalMean, layer=Unfaithful()),
          {"test_the_layer_survives_repr_and_pickle"}),
         (held(LayerContract, MLP, layer=nope.CausalMean(), plain=lambda *_: {}),
-         {"test_plain_gives_every_place"}),
+         {"test_plain_gives_every_place", PLACE, SINGLE}),
         (held(KernelContract, CausalMean, plain=lambda self, x, w: {"mean": 1.1 * prefix_means(x)}),
          {"test_kernels_are_those_of_the_simulation", "test_sizes_are_those_of_the_simulation"}),
         (held(KernelContract, CausalMean, plain=lambda self, x, w: {"mean": x.cumsum(0)}),
@@ -517,3 +521,153 @@ def test_check_runs_without_pytest():
         LayerContract.check()
     with pytest.raises(NotImplementedError, match="no torch layer for Triple"):
         held(LayerContract, CausalMean, layer=NoRule()).check()
+
+
+# ------------------------------------------------------------- contracts of layers notice errors
+
+
+class LeakingBranch(UniformAttentionWithoutAMask):
+    """Every place but the last sees later positions."""
+
+    layer = nope.Residual(nope.Attention(2, "uniform", causal=False), "sum", 0.0)
+    causal = True
+
+    @property
+    def attention(self):
+        return self.layer.branch
+
+    def plain(self, x, weights):
+        return super().plain(x, weights) | {"sum": x}
+
+
+class OneToken(EmbeddingTokens):
+    tokens = nope.EmbeddingTokens(1)
+
+
+VACUOUS = {
+    "one position": (CausalMean, {"n_ctx": 1}, "at least two drawn positions, got 1"),
+    "a BOS and a position": (TokensAfterABos, {"n_ctx": 2}, "at least two drawn positions, got 1"),
+    "one token": (OneToken, {}, "tokens that differ between draws"),
+    "a word": (CausalMean, {"causal": "no"}, "causal to be True or False, got 'no'"),
+    "none": (CausalMean, {"causal": None}, "causal to be True or False, got None"),
+    "a number": (CausalMean, {"causal": 1}, "causal to be True or False, got 1"),
+    "an inner place": (LeakingBranch, {}, "no place to see later positions, got"),
+}
+
+
+@pytest.mark.parametrize(("simulation", "given", "words"), VACUOUS.values(), ids=VACUOUS)
+def test_causality_is_never_said_of_nothing(simulation, given, words):
+    found = held(LayerContract, simulation, **given).failures()
+    assert set(found) == {LATER}
+    assert words in str(found[LATER])
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Registers another torch module for a kind of operation."""
+
+    def register(operation, module):
+        (registry,) = gc.get_referents(apply.registry)
+        monkeypatch.setitem(registry, operation, module)
+        apply._clear_cache()
+
+    yield register
+    monkeypatch.undo()
+    apply._clear_cache()
+
+
+def test_what_a_bos_holds_does_not_see_the_tokens(module):
+    """The cut before the first drawn token: with other tokens the first position is the same."""
+
+    def leaking(operation, inputs, weights):
+        x = inputs[0]
+        first = x[:, :1] + x[:, 1:2]
+        return torch.cat([first, x[:, 1:]], 1)
+
+    module(Average, leaking)
+    found = held(LayerContract, GaussianTokensAfterABos, layer=nope.CausalMean()).failures()
+    assert "('mean', 1)" in str(found[LATER])
+    assert "('mean', 2)" not in str(found[LATER])
+
+
+def test_what_is_wrong_in_float32_alone_fails(module):
+    right = apply.dispatch(Average)
+
+    def wrong(operation, inputs, weights):
+        found = right(operation, inputs, weights)
+        return found if found.element_size() == 8 else 1.001 * found
+
+    module(Average, wrong)
+    assert set(held(LayerContract, CausalMean).failures()) == {SINGLE}
+
+
+def test_what_is_in_another_precision_fails(module):
+    right = apply.dispatch(Average)
+    module(Average, lambda *given: right(*given).double())
+    assert set(held(LayerContract, CausalMean).failures()) == {SINGLE}
+
+
+def wrongly_plain(x):
+    return {
+        "a missing place": ({}, "expected `plain` to give ['mean'], got []"),
+        "a misspelt place": ({"maen": x}, "got ['maen']; mend ['maen', 'mean']"),
+        "the tokens": ({"mean": x, "embed": x}, "got ['embed', 'mean']; mend ['embed']"),
+        "a list": ([x], "to give arrays by place, got list; return a dictionary"),
+        "complex numbers": ({"mean": x + 0j}, "expected real numbers of mean, got complex128"),
+        "words": ({"mean": x.astype(str)}, "expected real numbers of mean, got <U"),
+        "nothing": ({"mean": None}, "expected real numbers of mean, got object"),
+        "a ragged list": ({"mean": [[1.0], [1.0, 2.0]]}, "expected numbers of mean, got "),
+        "nan": ({"mean": x + math.nan}, "expected `plain` finite or -inf at mean, got nan"),
+        "inf": ({"mean": x + math.inf}, "expected `plain` finite or -inf at mean, got inf"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", wrongly_plain(np.ones((5, 8))))
+@pytest.mark.parametrize("kind", [LayerContract, KernelContract])
+def test_plain_gives_numbers_at_the_places_and_no_others(kind, case):
+    value, words = wrongly_plain(np.ones((5, 8)))[case]
+    contract = held(kind, CausalMean, plain=lambda *_: value)
+    with pytest.raises(AssertionError) as told:
+        contract().values(*next(contract().draws(1)))
+    assert words in str(told.value)
+
+
+def test_tensors_are_converted():
+    plain = {"plain": lambda _, x, weights: {"mean": torch.from_numpy(prefix_means(x))}}
+    assert held(LayerContract, CausalMean, **plain).failures() == {}
+
+
+# --------------------------------------------------------------------- names are of one package
+
+NAMESAKES = """
+from dataclasses import dataclass
+from nope import layers, operations
+from nope.transformer import apply
+@dataclass(frozen=True)
+class Average(operations.Operation):
+    pass
+@dataclass(frozen=True)
+class CausalMean:
+    def operations(self, scope, source):
+        yield Average(scope.place("mean"), (source,))
+@apply.register
+def _(operation: Average, inputs, weights):
+    return 2 * inputs[0]
+"""
+
+
+def test_a_plugin_is_not_covered_by_our_classes_of_its_names(monkeypatch):
+    """Neither its operation nor its layer."""
+    namesakes = ModuleType("namesakes")
+    monkeypatch.setitem(sys.modules, "namesakes", namesakes)
+    (registry,) = gc.get_referents(apply.registry)
+    monkeypatch.setattr(plugins, "layers", lambda: (plugins.Plugin("", "", "", namesakes),))
+    exec(NAMESAKES, vars(namesakes))
+    try:
+        found = [
+            line.split(" for ")[1].split(",")[0] for line in uncovered(LayerContract, CONTRACTS)
+        ]
+    finally:
+        del registry[namesakes.Average]
+        apply._clear_cache()
+    assert found == ["operation namesakes.Average", "layer namesakes.CausalMean"]

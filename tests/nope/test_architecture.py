@@ -9,6 +9,7 @@ import torch
 
 import nope
 from nope import transformer
+from nope.operations import Average
 
 PRE = [
     "embed",
@@ -133,6 +134,10 @@ IMPOSSIBLE = {
     "unknown norm": ({"norm": "batchnorm"}, "norm to be one of .*, got 'batchnorm'"),
     "unknown norm position": ({"norm_position": "mid"}, "norm_position to be one of .*, got 'mid'"),
     "unknown attention": ({"attention": "linear"}, "attention to be one of .*, got 'linear'"),
+    "a word for the mask": ({"causal": "False"}, "causal to be True or False, got 'False'"),
+    "a number for the mask": ({"causal": 0}, "causal to be True or False, got 0"),
+    "nothing for the mask": ({"causal": None}, "causal to be True or False, got None"),
+    "a word for the biases": ({"bias": "no"}, "bias to be True or False, got 'no'"),
     "LayerNorm of one coordinate": (
         {"d_model": 1, "n_heads": 1},
         "expected d_model of at least 2 for a LayerNorm with eps 0 .*, got 1",
@@ -160,6 +165,40 @@ def test_weight_std_must_be_finite_and_not_negative(make, std):
     """Weights of negative or undefined size are refused."""
     with pytest.raises(ValueError, match=r"expected the weights' std .* got .*; change"):
         make(std)
+
+
+@pytest.mark.parametrize("bias", ["False", 0, None])
+def test_biases_of_an_mlp_are_there_or_not(bias):
+    with pytest.raises(ValueError, match=r"expected bias to be True or False, got .*; change bias"):
+        nope.MLP(8, bias=bias)
+
+
+class Name(str):
+    """A string that counts how often it is compared."""
+
+    compared = 0
+
+    def __eq__(self, other):
+        Name.compared += 1
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """So many prefix means."""
+
+    count: int
+
+    def operations(self, scope, source):
+        for index in range(self.count):
+            yield Average(Name(index), (source,))
+
+
+def test_construction_takes_time_in_proportion_to_the_places():
+    nope.Architecture(4, 2, nope.GaussianTokens(), Stack(500))
+    assert Name.compared < 5000
 
 
 def test_two_layers_of_one_name_are_refused():

@@ -137,7 +137,7 @@ class Ones:
 def test_a_layer_and_tokens_of_a_plugin_need_a_contract(install):
     """Though they are made of operations that have one."""
     install("plug_unheld", LAYERS, {"unheld": "plug_unheld"}, UNHELD)
-    assert {"layer Pair", "tokens Ones"} <= set(LayerContract.registered())
+    assert {"layer plug_unheld.Pair", "tokens plug_unheld.Ones"} <= set(LayerContract.registered())
 
 
 def test_what_is_found_is_imported_once(install):

@@ -259,6 +259,8 @@ def test_given_weights_need_a_condition():
         ({"architecture": None}, "an Architecture, got None"),
         ({"init": "normal"}, "a Scheme, got 'normal'"),
         ({"place": None}, "the name of a place, got None"),
+        ({"given": 3}, "given to be None or Weights, got 3"),
+        ({"given": nope.init}, "given to be None or Weights, got <module .*"),
     ],
 )
 def test_parts_of_another_type_are_refused(changes, expected):

@@ -222,6 +222,9 @@ def test_a_text_shorter_than_the_context_is_refused(written):
         (lambda: EmbeddingTokens(3, exponent=-1.0), "expected the exponent to be .* non-negative"),
         (lambda: TextTokens(std=math.inf), "expected the tokens' std to be a finite positive"),
         (lambda: WithBos(WithBos(GaussianTokens())), "expected tokens without a BOS of their own"),
+        (lambda: WithBos(3), r"expected GaussianTokens\(\) or others .*, got 3; change tokens"),
+        (lambda: TextTokens(3), "expected path to be that of a text, or None, got 3; change path"),
+        (lambda: TextTokens(b"a.txt"), "expected path to be that of a text, .*; change path"),
     ],
 )
 def test_tokens_that_cannot_be(make, message):
