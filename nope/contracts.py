@@ -230,6 +230,11 @@ class Simulated(Contract):
         """The layer with its tokens."""
         return Architecture(self.d_model, self.n_ctx, self.tokens, self.layer)
 
+    @property
+    def places(self) -> Iterable[str]:
+        """The places that are compared."""
+        return self.architecture.places()
+
     @classmethod
     def operations(cls) -> tuple[Operation, ...]:
         """What the layer is made of, the embedding among it."""
@@ -249,23 +254,25 @@ class Simulated(Contract):
     ) -> Mapping[str, np.ndarray]:
         """The plain values of one draw by place, `embed` among them.
 
-        `AssertionError` unless they are at the layer's places, no more, and finite or -inf.
+        `AssertionError` unless they are at the layer's places, at all of those that the contract
+        compares, and finite or -inf.
         """
         x = self.embed(drawn, weights)
         found: Any = self.plain(x, weights)
         given = f"expected `plain` to give arrays by place, got {type(found).__name__}"
         assert isinstance(found, Mapping), f"{given}; return a dictionary"
-        unlike = self._inner ^ set(found)
+        needed, known = self._wanted
+        unlike = (needed - set(found)) | (set(found) - known)
         assert not unlike, (
-            f"expected `plain` to give {sorted(self._inner)}, got {sorted(map(str, found))}; "
+            f"expected `plain` to give {sorted(needed)}, got {sorted(map(str, found))}; "
             f"mend {sorted(map(str, unlike))}"
         )
         return {place: _plain(value, place) for place, value in {"embed": x, **found}.items()}
 
     @cached_property
-    def _inner(self) -> set[str]:
-        """The layer's places, without the tokens'."""
-        return set(self.architecture.places()) - {"embed"}
+    def _wanted(self) -> tuple[set[str], set[str]]:
+        """The places that `plain` has to give, and all that it may: not the tokens' own."""
+        return set(self.places) - {"embed"}, set(self.architecture.places()) - {"embed"}
 
 
 def _plain(value: Any, place: str) -> np.ndarray:
