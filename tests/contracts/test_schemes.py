@@ -128,6 +128,7 @@ COVERED = {
     "of no registered name": ("mine", init.normal(0.5), False),
     "of another number": ("normal", init.normal(0.5), True),
     "of another argument": ("kaiming_normal", init.kaiming_normal("fan_out", "tanh"), True),
+    "of a whole number": ("normal", init.normal(1), True),
     "of a flag": ("torch_default", init.torch_default(packed=False), True),
 }
 
@@ -147,12 +148,14 @@ def test_what_no_name_makes_covers_none():
 STATED = "test_variance_and_kurtosis_are_the_plain_ones"
 MOMENTS = "test_drawn_weights_have_the_stated_moments"
 CDF = "test_gaussian_weights_are_gaussian"
+ONE_LAW = "test_entries_have_one_law"
 
 
-def failures(matrix, plain=lambda w, a: (0.09, NORMAL)):
+def failures(matrix, plain=lambda w, a: (0.09, NORMAL), **given):
     """Of a scheme whose matrices have the law `matrix(weight, architecture)`."""
     scheme = type("Made", (Made,), {"matrix": staticmethod(matrix)})()
-    named = SchemeContract.named("wrong", name="wrong", scheme=scheme, plain=zero_biases(plain))
+    given |= {"name": "wrong", "scheme": scheme, "plain": zero_biases(plain)}
+    named = SchemeContract.named("wrong", **given)
     return {name: error for name, error in named.failures().items() if name != SURVIVES}
 
 
@@ -183,12 +186,12 @@ def wrong_at(*paths):
 )
 def test_every_weight_is_looked_at(matrix):
     """In every block, and of another architecture."""
-    assert set(failures(matrix)) == {STATED}
+    assert set(failures(matrix, NUMBERS=1)) == {STATED}
 
 
 @pytest.mark.parametrize("pair", [(0.09, None), 0.09, [0.09, 3.0], (0.09, "3"), (math.nan, 3.0)])
 def test_plain_is_a_pair(pair):
-    found = failures(lambda w, a: normal(), lambda w, a: pair)
+    found = failures(lambda w, a: normal(), lambda w, a: pair, NUMBERS=1)
     assert set(found) == {STATED}
     assert str(found[STATED]).startswith("expected `plain` to give a variance and a kurtosis of")
 
@@ -238,6 +241,12 @@ class OneGaussianEntry(Drawn):
         return three + 1e-9 * g
 
 
+class OneOtherEntry(OneGaussianEntry):
+    """Of a law that does not call itself Gaussian."""
+
+    gaussian = False
+
+
 class TwoPercentOff(Drawn):
     def made(self, g):
         return math.sqrt(1.02) * g
@@ -249,7 +258,8 @@ WRONG = {
     SharedScales: (MOMENTS, "E w_i^2 w_j^2 in a column"),
     Checkerboard: (MOMENTS, "the mean of an entry"),
     OneGaussianEntry: (CDF, "to be Gaussian"),
-    TwoPercentOff: (MOMENTS, "the second moment of"),
+    OneOtherEntry: (ONE_LAW, "to have one law"),
+    TwoPercentOff: (MOMENTS, "the second moment on average"),
 }
 
 
