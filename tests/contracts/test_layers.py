@@ -8,7 +8,7 @@ draws.  What a plugin registers is held by the contracts that it brings.
 import gc
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -26,7 +26,6 @@ from nope.operations import Average, Operation
 from nope.testing import LayerContract, contracts_in, uncovered
 from nope.tokens import TextTokens
 from nope.transformer import apply
-from theory.fluctuations import averages
 from theory.kernel import K, Rule, Traits
 from theory.rules import rule_for
 from theory.symbols import m, n
@@ -469,6 +468,15 @@ class HalvesAlone(Halves):
         return {"half": x / 2}
 
 
+def keeps(passage):
+    return passage.fluctuations[0], None
+
+
+def sixteen_fold(passage):
+    before = passage.fluctuations[0]
+    return replace(before, inherited=16 * before.inherited), None
+
+
 KERNEL, SIZES = (
     "test_kernels_are_those_of_the_simulation",
     "test_sizes_are_those_of_the_simulation",
@@ -487,7 +495,7 @@ DIAGONAL = {"expression": sp.Piecewise((K(m, n) / 4, sp.Eq(m, n)), (0, True))}
         (Halves, {"expression": K(m, n) / 2}, {KERNEL, SIZES}),
         (Halves, DIAGONAL, {KERNEL, BESIDE}),
         (HalvesAlone, DIAGONAL, {"test_positions_are_correlated"}),
-        (Halves, {"fluctuates": averages}, {BESIDE}),
+        (Halves, {"fluctuates": sixteen_fold}, {BESIDE}),
         (Halves, {"excess": sp.Rational(1, 2)}, {BESIDE}),
         (Halves, {"traits": Traits(kurtosis=sp.Integer(30))}, {BESIDE}),
         (Halves, {"traits": Traits(fresh=True)}, {TRAITS}),
@@ -509,10 +517,6 @@ def test_a_wrong_rule_fails_in_the_check_that_is_about_it(simulation, changes, c
     for keeps_the_rule_before in (rule_for._clear_cache, theory.predict.cache_clear):
         keeps_the_rule_before()
     assert set(held(KernelContract, simulation).failures()) == caught
-
-
-def keeps(passage):
-    return passage.fluctuations[0], None
 
 
 def test_check_runs_without_pytest():
