@@ -49,3 +49,8 @@ def expect_finite(name: str, value: object, *, positive: bool = False) -> None:
 def expect_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Refuse what is not one of `allowed`."""
     expect(value in allowed, f"{name} to be one of {', '.join(allowed)}", value, f"change {name}")
+
+
+def expect_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False: a word would count as True, "False" too."""
+    expect(isinstance(value, bool), f"{name} to be True or False", value, f"change {name}")

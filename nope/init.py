@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from nope.architecture import Architecture
-from nope.checks import expect, expect_choice, expect_count, expect_finite
+from nope.checks import expect, expect_choice, expect_count, expect_finite, expect_flag
 from nope.operations import Linear, Weight
 from nope.sources import Source
 
@@ -333,6 +333,9 @@ class TorchDefault:
     """
 
     packed: bool = True
+
+    def __post_init__(self) -> None:
+        expect_flag("packed", self.packed)
 
     def law(self, weight: Weight, architecture: Architecture) -> WeightLaw:
         role = _matrix_role(weight, architecture)

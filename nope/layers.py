@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
-from nope.checks import expect, expect_choice, expect_count, expect_finite
+from nope.checks import expect, expect_choice, expect_count, expect_finite, expect_flag
 from nope.operations import (
     Activate,
     ActivationName,
@@ -42,11 +42,6 @@ def divides(n_heads: int, d_model: int) -> None:
     """Refuse heads that do not divide the width."""
     remedy = f"use one of the divisors of {d_model}"
     expect(d_model % n_heads == 0, f"n_heads to divide d_model={d_model}", n_heads, remedy)
-
-
-def expect_flag(name: str, value: object) -> None:
-    """Refuse what is neither True nor False: a word would count as True, "False" too."""
-    expect(isinstance(value, bool), f"{name} to be True or False", value, f"change {name}")
 
 
 @dataclass(frozen=True)

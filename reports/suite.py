@@ -150,7 +150,7 @@ def _chosen(claims: Claim | Iterable[Claim] | None) -> tuple[Claim, ...]:
     """The claims as a tuple.  Raises `ValueError` for what is none and for two of one id."""
     if claims is None:
         return all_claims()
-    found = (claims,) if isinstance(claims, Claim) else tuple(claims)
+    found = tuple(claims) if isinstance(claims, Iterable) else (claims,)
     for claim in found:
         if not isinstance(claim, Claim):
             raise ValueError(f"expected theory.Claims, got {claim!r}; see theory.claims()")

@@ -75,9 +75,11 @@ class Claim:
     def __post_init__(self) -> None:
         for name in ("id", "statement", "source", "remark"):
             given = getattr(self, name)
-            expect(
-                isinstance(given, str), f"the {name} of a claim as text", given, f"change {name}"
-            )
+            told = isinstance(given, str) and bool(given.strip() or name == "remark")
+            expect(told, f"the {name} of a claim as text", given, f"change {name}")
+        may_be = self.expected is None or callable(self.expected)
+        remedy = "give a function of the question, as theory.predict"
+        expect(may_be, f"what is expected of claim {self.id} as a function", self.expected, remedy)
         object.__setattr__(self, "questions", self.asked)
         if not self.asked or not all(isinstance(asked, Question) for asked in self.asked):
             raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import sympy as sp
+from sympy.core.function import AppliedUndef
 
 from nope.questions import position_grid
 from theory.fluctuations import (
@@ -61,8 +62,17 @@ NEARLY = 1e-12
 
 @cache
 def compiled(expr: sp.Expr) -> tuple[Callable[..., Any], tuple[sp.Symbol, ...]]:
-    """The number form of a rule: kernels become arguments, the prefix sum becomes another."""
+    """The number form of a rule: kernels become arguments, the prefix sum becomes another.
+
+    Raises `NotImplementedError` for an expression that reads kernels in another way.
+    """
     flat = expr.xreplace({PREFIX_SUM: _SUM, **_ARGUMENTS})
+    left = [each for each in flat.atoms(AppliedUndef) if each.func in (K, J, Q, X)]
+    if left:
+        raise NotImplementedError(
+            "expected a rule in K, J and Q at (m, n), (m, m) and (n, n), or in PREFIX_SUM, got "
+            f"{left[0]}; give the rule an `algorithm`"
+        )
     arguments = tuple(sorted(flat.free_symbols, key=str))
     return compile_number_form(flat, arguments), arguments
 

@@ -149,10 +149,20 @@ class KernelContract(Simulated):
         """Unless `predicted` says that the theory has none of the output."""
         refused = [place for place in self.architecture.places() if place not in self.predictions]
         if self.predicted:
-            assert not refused, f"expected a prediction at every place, got none at {refused}"
+            assert not refused, (
+                f"expected a prediction at every place, got none at {refused}: "
+                f"{self._refusal(refused[0])}"
+            )
         else:
             output = list(self.architecture.places())[-1]
             assert output in refused, f"expected no prediction of {output}, got one"
+
+    def _refusal(self, place: str) -> str:
+        try:
+            predict(self.question(place), self.fidelity)
+        except NotImplementedError as error:
+            return str(error)
+        return ""
 
     def test_kernels_are_symmetric_and_positive(self) -> None:
         """K(m, n) = K(n, m), no negative eigenvalue beyond rounding, a positive diagonal."""

@@ -284,6 +284,17 @@ def test_a_band_is_a_positive_number(band):
         mine(LAW, band=band)
 
 
+@pytest.mark.parametrize("field", ["id", "statement", "source"])
+def test_a_claim_says_something(field):
+    with pytest.raises(ValueError, match=f"the {field} of a claim as text"):
+        replace(mine(LAW), **{field: " "})
+
+
+def test_what_is_expected_is_a_function():
+    with pytest.raises(ValueError, match=r"as a function, got 1\.0"):
+        replace(mine(LAW), expected=1.0)
+
+
 def test_an_unknown_status_is_refused():
     """exact, leading_order or printed."""
     with pytest.raises(ValueError, match="proven"):

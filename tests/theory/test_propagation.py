@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import sympy as sp
 
 import montecarlo
 import nope
@@ -13,10 +14,11 @@ import theory
 from nope.init import normal, torch_default
 from nope.questions import Question
 from theory.bindings import local_bindings
-from theory.kernel import Traits
+from theory.kernel import K, Traits
 from theory.predict import rules_to
-from theory.propagation import KernelValues, all_pairs
+from theory.propagation import KernelValues, all_pairs, compiled
 from theory.rules import rule_for, softmax
+from theory.symbols import m, n
 
 FIDELITIES = ("uniform", "first_order", "any_temperature")
 
@@ -288,3 +290,10 @@ def test_logits_of_any_size_have_an_answer():
     architecture = nope.decoder(16, 4, 2, 0, n_ctx=4)
     question = Question(architecture, normal((2 / 16) ** 0.5), "blocks.1.attn_out", "second_moment")
     assert np.isfinite(theory.predict(question).values).all()
+
+
+def test_a_rule_that_reads_kernels_in_another_way_is_refused_with_the_remedy():
+    """A mean over one prefix alone: there is no number form of it."""
+    j = sp.Symbol("j")
+    with pytest.raises(NotImplementedError, match=r"got K\(m, j\); give the rule an `algorithm`"):
+        compiled(sp.Sum(K(m, j), (j, 1, n)) / n)
