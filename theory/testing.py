@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any, ClassVar, get_args
 
 import numpy as np
@@ -330,63 +330,57 @@ def _predictions(contract: Any) -> dict[str, Prediction]:
     return found
 
 
-@cache
-def _simulated(contract: Any) -> dict[str, Draws]:
+@lru_cache(maxsize=2)
+def _drawn(contract: Any) -> dict[str, np.ndarray]:
+    """What the simulation gives at each predicted place, draws on the first axis."""
     held = contract()
     every: dict[str, list[np.ndarray]] = {place: [] for place in held.predictions}
     for draw in held.draws(held.draws_drawn):
         values = held.values(*draw)
         for place, found in every.items():
-            found.append(_statistic(values[place]))
-    return {place: Draws(np.stack(found)) for place, found in every.items()}
+            found.append(values[place])
+    return {place: np.stack(found) for place, found in every.items()}
+
+
+@cache
+def _simulated(contract: Any) -> dict[str, Draws]:
+    return {place: Draws(_statistic(x)) for place, x in _drawn(contract).items()}
+
+
+def _statistic(x: np.ndarray) -> np.ndarray:
+    """<x_m, x_n>/width of vectors; of pairs the mean square over heads and keys n <= m."""
+    if x.ndim == 3:
+        return np.asarray(x @ x.swapaxes(1, 2) / x.shape[2])
+    n_ctx = x.shape[-1]
+    squares = np.where(np.tri(n_ctx, dtype=bool), x, 0.0) ** 2
+    return np.asarray(squares.sum(-1).mean(1) / np.arange(1, n_ctx + 1))
 
 
 @cache
 def _vectors(contract: Any) -> dict[str, dict[str, np.ndarray]]:
-    """Of each predicted vector place, by draw and position, what `_shape_of` gives."""
-    held = contract()
-    places = held.architecture.places()
-    every: dict[str, dict[str, list[np.ndarray]]] = {
-        place: {} for place in held.predictions if places[place].axes == "vector"
-    }
-    for draw in held.draws(held.draws_drawn):
-        values = held.values(*draw)
-        for place, found in every.items():
-            for name, each in _shape_of(values[place], values["embed"]).items():
-                found.setdefault(name, []).append(each)
-    stacked = {
-        place: {name: np.stack(each) for name, each in found.items()}
-        for place, found in every.items()
-    }
-    return {place: _with_kurtosis(found) for place, found in stacked.items()}
+    """Of each predicted vector place, what draws say beside its kernel."""
+    places, drawn = contract().architecture.places(), _drawn(contract)
+    vectors = {place: x for place, x in drawn.items() if places[place].axes == "vector"}
+    tokens = drawn.get("embed", np.zeros(0))  # of which the theory may know nothing
+    return {place: _beside_kernel(x, tokens) for place, x in vectors.items()}
 
 
-def _shape_of(x: np.ndarray, before: np.ndarray) -> dict[str, np.ndarray]:
-    """One draw's moments by position, its cosines, and <x_m, e_m> with tokens of its width.
+def _beside_kernel(x: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """By draw and position: |x|^2/width, the mean coordinate, cosines, the kurtosis with each
+    draw's influence on it (the delta method), and <x_m, e_m> with tokens of as many coordinates.
 
     A vector that is 0, as units of a ReLU may be, has no direction: its cosines count as 0.
     """
-    square = np.mean(x**2, 1)
-    size = np.sqrt(np.multiply.outer(square, square))
-    inner = x @ x.T / x.shape[1]
-    cosine = np.divide(inner, size, out=np.zeros_like(inner), where=size > 0)
-    found = {"norm": square, "fourth": np.mean(x**4, 1), "centre": x.mean(1), "cosine": cosine}
-    return found | ({"before": np.mean(x * before, 1)} if x.shape == before.shape else {})
-
-
-def _with_kurtosis(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """E x^4/(E x^2)^2 with each draw's influence on it, by the delta method."""
-    fourth, square = found["fourth"], found["norm"]
+    square, fourth = np.mean(x**2, 2), np.mean(x**4, 2)
+    inner, size = _statistic(x), np.sqrt(square[:, :, None] * square[:, None])
     k = fourth.mean(0) / square.mean(0) ** 2
-    return found | {"kurtosis": k * (2 + fourth / fourth.mean(0) - 2 * square / square.mean(0))}
-
-
-def _statistic(value: np.ndarray) -> np.ndarray:
-    """<x_m, x_n>/width of vectors; of pairs the mean square over heads and keys n <= m."""
-    if value.ndim == 2:
-        return np.asarray(value @ value.T / value.shape[1])
-    rows = [np.mean(value[:, m, : m + 1] ** 2) for m in range(value.shape[1])]
-    return np.array(rows)
+    found = {
+        "norm": square,
+        "centre": x.mean(2),
+        "cosine": np.divide(inner, size, out=np.zeros_like(inner), where=size > 0),
+        "kurtosis": k * (2 + fourth / fourth.mean(0) - 2 * square / square.mean(0)),
+    }
+    return found | ({"before": np.mean(x * tokens, 2)} if x.shape == tokens.shape else {})
 
 
 # --------------------------------------------------------------------------------- formulas

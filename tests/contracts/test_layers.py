@@ -136,6 +136,7 @@ class AttentionBehindANorm(Attention):
 
     layer = nope.Sequence((nope.Norm("ln"), nope.Attention(2)))
     d_model = 16
+    draws_drawn = 5000
     widest = 0.12
 
     def plain(self, x, weights):
