@@ -64,6 +64,9 @@ SURVIVORS: Mapping[str, str] = {
     ),
     "second = np.asarray(variance) * (draws - 1) if draws > 0 else np.zeros(np.shape(mean))": ONE,
     "second = np.asarray(variance) * (draws - 1) if draws >= 1 else np.zeros(np.shape(mean))": ONE,
+    "second = np.asarray(variance) * (draws - 1) if draws != 1 else np.zeros(np.shape(mean))": (
+        "no draws at all have no mean to put an interval around"
+    ),
     "return np.asarray(np.minimum(np.where(root > 0, found, room).min(0), room))": EDGE,
     "below, above = np.maximum(mean - low, -1.0), np.maximum(high - mean, 0.0)": OUTSIDE,
     "below, above = np.maximum(mean - low, 0.0), np.maximum(high - mean, -1.0)": OUTSIDE,
