@@ -42,7 +42,7 @@ import numpy as np
 import nope
 from nope import init
 from nope.architecture import Architecture, NormPosition, decoder
-from nope.checks import expect, expect_choice, expect_count, expect_finite
+from nope.checks import expect, expect_choice, expect_count, expect_finite, expect_flag
 from nope.init import Scheme
 from nope.layers import ACTIVATIONS, ATTENTION_KINDS, NORMS
 from nope.questions import OBSERVABLES, Question, Weights
@@ -97,7 +97,6 @@ def _is(words: str, kind: type | UnionType) -> Callable[[str, Any], None]:
     return check
 
 
-_expect_bool = _is("True or False", bool)
 _expect_positive = partial(expect_finite, positive=True)
 
 
@@ -145,7 +144,7 @@ def tokens(
         kinds.append(st.builds(EmbeddingTokens, st.sampled_from(rows), std, exponent))
     if cuts:
         kinds.append(st.builds(TextTokens, st.none(), std, st.sampled_from(cuts)))
-    return _after_bos(st.one_of(kinds), _listed("bos", bos, _expect_bool))
+    return _after_bos(st.one_of(kinds), _listed("bos", bos, expect_flag))
 
 
 @st.composite
@@ -191,8 +190,8 @@ def architectures(
         "norm_position": _listed("norm_position", norm_position, _among(get_args(NormPosition))),
         "activation": _listed("activation", activation, _among(ACTIVATIONS)),
         "eps": _listed("eps", eps, expect_finite),
-        "bias": _listed("bias", bias, _expect_bool),
-        "causal": _listed("causal", causal, _expect_bool),
+        "bias": _listed("bias", bias, expect_flag),
+        "causal": _listed("causal", causal, expect_flag),
         "residual_scale": _listed("residual_scale", residual_scale, expect_finite),
     }
     wide = _divided(_listed("widths", widths, _at_least(2)), choices["heads"])
