@@ -96,15 +96,20 @@ class Fluctuation:
 
 def begin(covariance: np.ndarray, width: float) -> Fluctuation:
     """A stream at its last sum: everything responds to it from here on."""
-    ones = (1,) * (covariance.ndim - 2)
-    unit = np.broadcast_to(np.eye(3).reshape(3, 3, *ones), covariance.shape)
+    unit = _diagonal(np.ones(covariance.shape[1:]))
     return Fluctuation(covariance, np.zeros_like(covariance), width, unit, covariance)
+
+
+def _diagonal(entries: np.ndarray) -> np.ndarray:
+    """Diagonal matrices (3, 3, ...) of the three entries (3, ...)."""
+    unit = np.eye(3).reshape(3, 3, *(1,) * (entries.ndim - 1))
+    return np.asarray(unit * entries)
 
 
 @dataclass(frozen=True, eq=False)
 class Second:
-    """The second order of a rule's kernel, the sum of its parts' sizes, and the slope of the
-    correlation in each source's."""
+    """The second order of a rule's kernel, the sum of its parts' sizes, and for each source the
+    absolute Jacobian of the three entries, (3, 3, ...): how errors of the source pass."""
 
     term: Gram
     size: Gram
@@ -283,7 +288,8 @@ def multiplied(
     mm, nn = (left * right for left, right in zip(*((k.mm, k.nn) for k in kernels), strict=True))
     size = kernels[0].size * kernels[1].size
     term = Gram(mm * factors[0, 0], nn * factors[1, 1], size * factors[2, 2])
-    return moved, Second(term, term.absolute, (np.abs(means[1][2]), np.abs(means[0][2])))
+    slopes = _diagonal(np.abs(means[1])), _diagonal(np.abs(means[0]))
+    return moved, Second(term, term.absolute, slopes)
 
 
 def curved(
@@ -311,7 +317,7 @@ def curved(
     second = Second(
         Gram(mm, nn, values.size * parts.sum(0)),
         Gram(np.abs(mm), np.abs(nn), values.size * np.abs(parts).sum(0)),
-        (np.abs(jacobian[2, 2]),),
+        (np.abs(jacobian),),
     )
     return moved, second
 

@@ -32,7 +32,7 @@ from theory.formulas import formula
 from theory.formulas.cosine import adjacency_score
 from theory.formulas.tokens import collision_matrix
 from theory.kernel import Fidelity, Rule, Traits
-from theory.propagation import LEFT, KernelValues, all_pairs, at_pairs
+from theory.propagation import LEFT, KernelValues, all_pairs, at_pairs, of_product
 from theory.rules import rule_for
 from theory.symbols import WEIGHT_STD, p_same
 
@@ -345,7 +345,9 @@ class _Predictor:
         self._require_vectors(bool((self.values.size > 0).all()))
         same = np.equal(*position_arrays(self.question))
         rho = self.values.kernel / self.values.size
-        return rho, np.where(same, 0.0, self.values.remainder)
+        slopes = [np.abs(rho) / 2, np.abs(rho) / 2, np.ones_like(rho)]
+        remainder = of_product(slopes, self.values.remainders, np.zeros_like(rho))
+        return rho, np.where(same, 0.0, remainder)
 
     def _cosine(self) -> tuple[Any, Any]:
         """E cos: exact for Gaussian vectors, else the kernel's, its excess, and the second order
@@ -450,6 +452,11 @@ class _Values:
     @cached_property
     def remainder(self) -> np.ndarray:
         return self._at("remainder")
+
+    @property
+    def remainders(self) -> list[np.ndarray]:
+        """Of K_mm, K_nn and K_mn, relatively."""
+        return [self._at("remainder", view) for view in ("mm", "nn", "mn")]
 
     @cached_property
     def excess(self) -> np.ndarray:

@@ -42,8 +42,8 @@ _ARGUMENTS = {
 }
 _SUM = sp.Symbol("prefix_sum")
 
-NEGLIGIBLE = 1e-9
-"""Diagonals that differ by less are constant, but for rounding."""
+ROUNDING = 1e-12
+"""Of slopes, by central differences: an exact norm's in the variance are less, and 0."""
 
 LEFT = 0.5
 """The part of a second-order term that is stated as its error, besides the fluctuation itself."""
@@ -206,26 +206,41 @@ class KernelValues:
 
     def _remainder(self, place: str, view: View) -> np.ndarray:
         rule = self._rules[place]
+        if view != "mn" and self._all_pairs:
+            return self._diagonal(self.remainder(place), view)
         if rule.algorithm is not None:
-            found = self._algorithm(place).remainder
-            return found if view == "mn" else self._diagonal(found, view)
-        carried = [self._carried(place, source, view) for source in rule.sources]
-        if (second := self._passed(place)[1]) and view == "mn":
-            carried = [self._sloped(*pair) for pair in zip(second.slopes, carried, strict=True)]
+            return self._algorithm(place).remainder
+        if second := self._passed(place)[1]:
+            passed = zip(rule.sources, second.slopes, strict=True)
+            carried = [self._sloped(source, slopes, view) for source, slopes in passed]
+        else:
+            carried = [self._carried(place, source, view) for source in rule.sources]
         if rule.carried == "shared":
             carried = [_mean(self._share(place, rule, view), *carried)]
         if carried and rule.remainder == 0:
             return np.asarray(sum(carried[1:], carried[0]))
         return np.asarray(sum(carried, np.abs(self._own_remainder(place, rule, view))))
 
-    def _sloped(self, slope: np.ndarray, carried: np.ndarray) -> np.ndarray:
-        """A source's remainder off the diagonal times the correlation's slope, 1 for a norm."""
-        if np.abs(slope - 1).max() < NEGLIGIBLE:
-            return carried
-        found = self._smooth(slope) * carried
-        if self._all_pairs:
-            return _with_diagonal(found, np.diagonal(carried))
-        return np.asarray(np.where(np.equal(*self._positions("mn")), carried, found))
+    def _sloped(self, source: str, slopes: np.ndarray, view: View) -> np.ndarray:
+        """What a source's remainders come to in a function of each pair's three entries.
+
+        On the diagonal that of the variance alone, off it also those of both variances
+        (`of_variance`, `of_product`).
+        """
+        if view != "mn":
+            alone = slopes[0, 0] if view == "mm" else slopes[1, 1]
+            own = self._sourced(source, view)
+            return of_variance(alone[tuple(map(slice, own.shape))], own)
+        errors = [self._sourced(source, each) for each in ("mm", "nn", "mn")]
+        left, right = (of_variance(self._smooth(slopes[k, k]), errors[k]) for k in (0, 1))
+        found = of_product([self._smooth(each) for each in slopes[2]], errors, (left + right) / 2)
+        return np.where(np.equal(*self._positions("mn")), left, found)
+
+    def _sourced(self, source: str, view: View) -> np.ndarray:
+        """The remainder of a source, which may be exact."""
+        if source not in self._exact:
+            return self.remainder(source, view)
+        return np.zeros(np.broadcast_shapes(*(each.shape for each in self._positions(view))))
 
     def _own_remainder(self, place: str, rule: Rule, view: View) -> np.ndarray:
         """Of the rule itself, or what is left of its second order once that is added."""
@@ -236,30 +251,16 @@ class KernelValues:
         leading = self._gram(place, self._leading)
         across = np.minimum(size.mn * doubt, 2 * leading.size)  # no cosine is further off
         left = Gram(size.mm * doubt, size.nn * doubt, across)
-        if view != "mn" and self._all_pairs:
-            return self._diagonal(self._own_remainder(place, rule, "mn"), view)
         found = self._everywhere(left, self._leading(place, "mn"), view)
         return np.asarray(found / self._size(place, view))
 
     def _carried(self, place: str, source: str, view: View) -> np.ndarray:
-        """What a place inherits of its source's remainder.
-
-        A prefix mean averages it like the kernel itself; an exact norm leaves none of it on
-        the diagonal.
-        """
-        rule, (left, right) = self._rules[place], self._positions(view)
-        if source in self._exact:
-            return np.zeros(np.broadcast_shapes(left.shape, right.shape))
-        if rule.expression.has(sp.Sum) and source == rule.sources[0]:
-            sums = prefix_sum(self._dropped(source))
-            averaged = self._evaluate(place, rule.expression, "mn", sums) / self._size(place)
-            return averaged if view == "mn" else self._diagonal(averaged, view)
-        found = self.remainder(source, view)
-        if not rule.traits.normalised:
-            return found
-        if self._all_pairs and view == "mn":
-            return _with_diagonal(np.array(found), 0.0)
-        return np.asarray(np.where(left == right, 0.0, found))
+        """What a place inherits of its source's remainder; a prefix mean averages it too."""
+        rule = self._rules[place]
+        if source in self._exact or not rule.expression.has(sp.Sum) or source != rule.sources[0]:
+            return self._sourced(source, view)
+        sums = prefix_sum(self._dropped(source))
+        return np.asarray(self._evaluate(place, rule.expression, "mn", sums) / self._size(place))
 
     def excess(self, place: str, view: View = "mn") -> np.ndarray:
         """By how much E cos exceeds the cosine of the kernel, relatively, beyond 1/d."""
@@ -461,6 +462,35 @@ class KernelValues:
         result = function(*(values[argument.name] for argument in arguments))
         shape = np.broadcast_shapes(left.shape, right.shape)
         return np.broadcast_to(np.asarray(result, dtype=float), shape)
+
+
+def of_variance(slope: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """The relative error of f(v), positive, from that of v and from the slope of ln f in ln v.
+
+    Above v as a power of it, (1 + r)^a - 1; below as v/(v + eps), a r/(1 - r + a r), which is 1
+    where v may be 0.
+    """
+    slope = np.where(slope > ROUNDING, slope, 0.0)
+    least = np.minimum(error, 1.0)
+    left = 1 - least + slope * least
+    below = np.divide(slope * least, left, out=np.zeros_like(left), where=left > 0)
+    return np.asarray(np.maximum(below, (1 + error) ** slope - 1))
+
+
+def of_product(
+    slopes: Sequence[np.ndarray], errors: Sequence[np.ndarray], of_norms: np.ndarray
+) -> np.ndarray:
+    """The error of an inner product's function, in units of the two norms.
+
+    `slopes` and relative `errors` are those of both squared norms and of the product.  The error
+    of a cosine is that of the product and |rho|/2 of each squared norm's, over the least that the
+    norms may be; what is more than two vectors can differ by, of norms off by `of_norms`, is not.
+    """
+    linear = sum(slope * error for slope, error in zip(slopes, errors, strict=True))
+    left, right = (1 - np.minimum(each, 1.0) for each in errors[:2])
+    least = np.sqrt(left * right)
+    found = np.divide(linear, least, out=np.full(linear.shape, np.inf), where=least > 0)
+    return np.asarray(np.fmin(found, 2 + of_norms))  # 0 times infinity is no number
 
 
 def _mean(share: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -111,15 +111,15 @@ def test_the_first_position_is_exact_at_every_fidelity(question, fidelity):
 @EXAMPLES
 @given(
     strategies.questions(
-        strategies.architectures(**SMALL, depths=(1,)),
+        strategies.architectures(**SMALL, depths=(1, 2)),
         strategies.schemes(constructors=(init.normal, init.xavier_uniform), std=(0.02, 0.1, 0.3)),
-        places=("*.attn.pattern", "*.attn.z", "*.attn_out"),
+        places=("*.pattern", *PLACES),
         observables=(*VECTORS, "participation"),
     ),
     st.sampled_from(("uniform", "first_order")),
 )
 def test_fidelities_agree_to_what_they_state(question, fidelity):
-    """What one drops is within its remainder, and that of `any_temperature`."""
+    """What one drops is within its remainder, and that of `any_temperature`, all the way down."""
     one, other = predicted(question, fidelity), predicted(question, "any_temperature")
     allowed = one.remainder + other.remainder + 1e-9 * np.abs(other.values)
     assert (np.abs(one.values - other.values) <= allowed)[question.judged].all()

@@ -325,7 +325,7 @@ def _tokens(small: Small) -> Iterator[Claim]:
                 f"tokens.{name}.softmax.{observable}",
                 "A softmax gives copies of a token equal logits, and their queries equal patterns.",
                 Question(softmax, small.hot, "blocks.0.attn_out", observable),
-                band=BAND,
+                band=BAND if observable == "kernel" else None,
             )
 
 

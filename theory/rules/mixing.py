@@ -321,8 +321,9 @@ class Pairs:
     def fluctuation(self) -> np.ndarray:
         """What the fluctuation of the empirical kernel adds, to first order in s^2 and 1/D.
 
-        (s^2/D) (r (1 - 1/m)(1 - 1/n) - [h(m) + h(n) + r h(min)]/max), h(m) = (m - 1)(m - 2)/m^2;
-        h comes from norms that do not fluctuate, and is less by their slack.
+        (s^2/D) (r (1 - 1/m)(1 - 1/n) - [h(m) + h(n) + r h(min)]/max), h(m) = (m - 1)(m - 2)/m^2,
+        where norms do not fluctuate, and (s^2/D) r (1 - 1/min) where all is i.i.d. Gaussian, which
+        Wishart's second moments say exactly: between the two by the norms' slack.
         """
         count = self.mixing.count
         h = (1 - 1 / count) * (1 - 2 / count)
@@ -343,7 +344,8 @@ class Pairs:
         mixing, r = self.mixing, self.correlation
         rest = 1 - 1 / mixing.count
         growth = 1 + np.abs(r) * self.shorter(tilt - 1)
-        added = r * self.variance * self.longer(rest) * self.shorter(rest) * growth
+        own = self.longer(rest + mixing.slack / mixing.count)
+        added = r * self.variance * own * self.shorter(rest) * growth
         taken = self.longer(square) + self.shorter(square) + r * self.shorter(square)
         added = added - (1 - mixing.slack) * taken / self.longer(mixing.count)
         return np.asarray(mixing.maps / mixing.freedom * self.shorter(mixing.values.spread) * added)
@@ -356,10 +358,13 @@ class Pairs:
 
     @cached_property
     def narrow(self) -> np.ndarray:
-        """The next orders in 1/D of the fluctuation, and s^4/D that pairs of queries share."""
-        width = self.mixing.maps / self.mixing.freedom
-        shared = self.overlap * self.variance**2 * width
-        return np.asarray(4 * width * np.abs(self.fluctuation) + shared)
+        """The next orders in 1/D of the fluctuation, s^4/D that pairs of queries share, and that a
+        query, its own key and its value are equally long."""
+        mixing = self.mixing
+        width, first = mixing.maps / mixing.freedom, (1 - 1 / mixing.count) * mixing.own_variance
+        own_key = 2 * mixing.slack * (self.longer(first) + self.shorter(first))
+        shared = self.variance**2 + own_key / self.longer(mixing.count)
+        return np.asarray(4 * width * np.abs(self.fluctuation) + self.overlap * width * shared)
 
     @cached_property
     def narrow_floor(self) -> np.ndarray:

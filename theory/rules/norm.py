@@ -27,7 +27,8 @@ def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) ->
     c = 1 - 1/d is what centring leaves of a variance (1 for RMSNorm).  With eps = 0 the
     diagonal is exactly 1, and so is every i.i.d. token's kernel.  What is dropped off the
     diagonal is E cos - cos E: (1 - rho^2)/(2d) per random map (`cosine.gaussian_pair`), and the
-    excess X(m, n) that a softmax adds unless the fidelity is `any_temperature`.  With eps > 0
+    excess X(m, n) that a softmax adds unless the fidelity is `any_temperature`.  Two tokens of a
+    table are one, or point anywhere: E cos is the share of equal ids at any width.  With eps > 0
     the fluctuation of |x|^2 adds `shrinkage_remainder`, and 1 - N(m, m) of it is left.
     """
     before = traits[operation.inputs[0]]
@@ -35,7 +36,8 @@ def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) ->
     kept = 1 - 1 / d if centring else sp.Integer(1)
     eps = symbols.eps if operation.eps else ZERO
     rho = K(m, n) / sp.sqrt(K(m, m) * K(n, n))
-    remainder = sp.Abs(rho) * (1 - rho**2) * maps / (2 * d)
+    copies = before.repeated is not None and before.mapped is None
+    remainder = ZERO if copies else sp.Abs(rho) * (1 - rho**2) * maps / (2 * d)
     if operation.eps:
         expression = kept * K(m, n) / sp.sqrt((kept * K(m, m) + eps) * (kept * K(n, n) + eps))
         freedom = (sp.Max(d - 1, 1) if centring else d) / maps
@@ -66,17 +68,20 @@ def _(operation: Normalise, traits: Mapping[str, Traits], fidelity: Fidelity) ->
             kurtosis=kurtosis,
             norm_kurtosis=None if operation.eps else sp.Integer(1),
         ),
-        fluctuates=partial(_normalises, centring, before.partly_centred),
+        fluctuates=partial(_normalises, centring, before.partly_centred, copies),
     )
 
 
 def _normalises(
-    centring: bool, partly_centred: bool, passage: Passage
+    centring: bool, partly_centred: bool, copies: bool, passage: Passage
 ) -> tuple[Fluctuation, Second]:
     (kernel,), (before,) = passage.kernels, passage.fluctuations
     nothing = np.zeros_like(before.own)
     whole = replace(before, inherited=before.covariance, own=nothing)
     passed, second = curved(whole, kernel, passage.function, nothing)
+    if copies:
+        term, size = (_of_copies(each, passage.after) for each in (second.term, second.size))
+        second = replace(second, term=term, size=size)
     if symbols.eps.name not in passage.numbers:
         return passed, second
     # With an eps, which leaves 1/(1 + eps/v), the orders in the norms fall like their powers.
@@ -93,3 +98,9 @@ def _normalises(
     means = after.mm, after.nn, after.size
     parts = zip((size.mm, size.nn, size.mn), (after.mm, after.nn, after.mn), means, strict=True)
     return passed, replace(second, size=Gram(*(total(*part) for part in parts)))
+
+
+def _of_copies(second: Gram, after: Gram) -> Gram:
+    """Of tokens that are one with some probability: relatively as on the diagonal."""
+    relative = (second.mm / after.mm + second.nn / after.nn) / 2
+    return replace(second, mn=after.mn * relative)

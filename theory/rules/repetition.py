@@ -451,7 +451,7 @@ def first_order(tokens: Tokens, mixing: Mixing) -> Found:
     added = fluctuation(found.tokens, found.n_ctx, found.attention)
     (narrow,) = mixing.over_pairs(lambda pairs: (pairs.narrow,), 1)
     kernel = mixing.uniform() + found.value * (tilt + reweighting + added)
-    return kernel, _of_cosine(kernel, found.value * (beyond + found.error) + narrow), 0.0
+    return kernel, found.value * (beyond + found.error) + narrow, 0.0
 
 
 def any_temperature(tokens: Tokens, mixing: Mixing) -> Found:
@@ -464,16 +464,4 @@ def any_temperature(tokens: Tokens, mixing: Mixing) -> Found:
     (narrow,) = mixing.over_pairs(lambda pairs: (pairs.narrow,), 1)
     kernel = mixing.uniform() + found.value * (sum(found.first_order) + sample.beyond)
     dropped = found.value * (sample.dropped + found.error) + narrow
-    return (
-        kernel,
-        _of_cosine(kernel, dropped),
-        (1 + excess(mixing, kernel)) * (1 + sample.excess) - 1,
-    )
-
-
-def _of_cosine(kernel: np.ndarray, dropped: np.ndarray) -> np.ndarray:
-    """Off the diagonal also what a cosine sees of what is dropped on it."""
-    relative = np.diagonal(dropped) / np.diagonal(kernel)
-    seen = np.abs(kernel) * np.add.outer(relative, relative) / 2
-    np.fill_diagonal(seen, 0.0)
-    return np.asarray(dropped + seen)
+    return kernel, dropped, (1 + excess(mixing, kernel)) * (1 + sample.excess) - 1

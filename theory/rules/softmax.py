@@ -145,8 +145,10 @@ def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
     mean = near * outputs.second_moment(*given) + (1 - near) * outputs.overlap(*given)
     A = outputs.participation(*given)
     size, grown = sp.sqrt(A * A.subs(m, n)), sp.log(m * A)
-    own_key = before.slack * 2 * grown / freedom / m
-    shapes = sum(_shape(traits[name]) for name in (queries, keys)) / freedom * grown**2
+    shapes = sum(_shape(traits[name]) for name in (queries, keys))
+    # its own key is as long as a query, and so is its value: 2/D twice, of one token in m
+    alone = (before.slack * 4 * grown / m + shapes * grown**2) / freedom
+    of_keys = sp.Max(alone, alone.subs({m: n, n: m}, simultaneous=True))
     return Rule(
         name="softmax over independent keys, any temperature",
         statement="Given its query the logits of a prefix are i.i.d.",
@@ -154,7 +156,7 @@ def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
         expression=K(m, m) * mean,
         assumption="independent Gaussian tokens",
         source="derived here",
-        remainder=(1 - near) * outputs.overlap_remainder(*given) / size + own_key + shapes,
+        remainder=(1 - near) * outputs.overlap_remainder(*given) / size + of_keys,
         traits=Traits(maps=before.maps, fresh=before.fresh),
         excess=(1 - near) * outputs.excess(*given),
     )
@@ -180,7 +182,7 @@ def _pattern(
         source="derived here",
         remainder=lost(K(m, m) * J(m, m), value, _slack(traits[keys])),
         traits=Traits(logits=logits, query_key=traits[logits].query_key),
-        algorithm=None if independent else partial(_participate, grown, lost),
+        algorithm=None if independent else partial(_participate, traits[keys], grown, lost),
     )
 
 
@@ -203,6 +205,7 @@ def _same_for_all_keys(second_moment: np.ndarray, relative: np.ndarray) -> Moved
 
 
 def _participate(
+    before: Traits,
     grown: Growth,
     lost: Lost,
     kernels: Sequence[np.ndarray],
@@ -216,21 +219,24 @@ def _participate(
     count = np.arange(1.0, n_ctx + 1)
     value = grown.numbers(count, variance, symbols)
     known = {**symbols, "m": count, "s2": variance, "f": value}
-    relative = _relative_error(lost, known, dropped, kernels) + _unlike(value, keys)
+    apart = _unlike(value, keys, before.repeated is not None)
+    relative = _relative_error(lost, known, dropped, kernels) + apart
     return _same_for_all_keys(value / count**2, relative)
 
 
-def _unlike(value: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def _unlike(value: np.ndarray, keys: np.ndarray, repeated: bool) -> np.ndarray:
     """What keys that are not exchangeable leave of m E sum a^2, relatively; at most m - 1.
 
     The variance s^2 of a logit is that of a mean pair of keys; by one pair alone it is s^2 r.  One
     key unlike all others, r = m/2 for its pairs, has (e^(4u) - 2 e^u + 1)/m beyond 1, u = s^2 r: to
     second order 7/2 s^4 Var r more than is predicted, and e^(4u) beyond.  Two clusters of equal
-    size have 5/2 s^4 Var r less.
+    size have 5/2 s^4 Var r less.  Two tokens of repeated ids are one, or have nothing in common.
     """
-    mean, square = _over_pairs(keys), _over_pairs(keys**2)
+    size = np.sqrt(np.multiply.outer(np.diagonal(keys), np.diagonal(keys)))
+    mean, square = _over_pairs(keys), _over_pairs(keys * (size if repeated else keys))
     below = np.tri(len(keys), k=-1, dtype=bool)
-    least = np.minimum.accumulate(np.where(below, keys, np.inf).min(1))
+    pairs = np.where(below, 0.0 if repeated else keys, np.inf)
+    least = np.minimum.accumulate(pairs.min(1))
     spread, s2 = Prefixed(keys).spread, np.log(np.maximum(value, 1.0))
     step = np.divide(s2, spread, out=np.zeros_like(s2), where=spread > 0)
     u = 4 * step * np.maximum(mean - least, 0.0)
