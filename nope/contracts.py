@@ -7,8 +7,8 @@ runs the same checks without pytest.
 
 What is registered (layer kinds, schemes, formulas, ...) has a contract: `registered` are the
 entries of a kind, `covers` those that a contract holds, and `uncovered` says which have none.
-`nope.testing`, `theory.testing` and `montecarlo.testing` have the contracts of each kind; this
-module is what they share, without torch.
+`nope.testing`, `theory.testing`, `montecarlo.testing` and `reports.testing` have the contracts of
+each kind; this module is what they share, without torch.
 
 >>> class Halves(Contract):
 ...     def test_twice_a_half_is_one(self):

@@ -217,11 +217,16 @@ def claims(**sizes: Any) -> tuple[Claim, ...]:
     return found
 
 
-def gather(setting: Setting) -> tuple[tuple[Claim, ...], tuple[Plugin, ...]]:
-    """Every claim at these sizes, and the plugins of `nope.claims`, those without claims too."""
+def papers() -> dict[str, Callable[[Setting], Iterable[Claim]]]:
+    """The claims of each paper of `theory.papers`, by its key."""
     from theory.papers import chi2023, ours, zuo2025
 
-    found = [claim for paper in (chi2023, zuo2025, ours) for claim in paper.claims(setting)]
+    return {"chi2023": chi2023.claims, "zuo2025": zuo2025.claims, "ours": ours.claims}
+
+
+def gather(setting: Setting) -> tuple[tuple[Claim, ...], tuple[Plugin, ...]]:
+    """Every claim at these sizes, and the plugins of `nope.claims`, those without claims too."""
+    found = [claim for claims in papers().values() for claim in claims(setting)]
     contributed = []
     for plugin in plugins.load(plugins.CLAIMS):
         asked = plugin.read(lambda claims: _new(claims(setting), found))

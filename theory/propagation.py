@@ -484,13 +484,13 @@ def of_product(
 
     `slopes` and relative `errors` are those of both squared norms and of the product.  The error
     of a cosine is that of the product and |rho|/2 of each squared norm's, over the least that the
-    norms may be; what is more than two vectors can differ by, of norms off by `of_norms`, is not.
+    norms may be; two vectors differ by no more than 2, of norms off by `of_norms`.
     """
-    linear = sum(slope * error for slope, error in zip(slopes, errors, strict=True))
-    left, right = (1 - np.minimum(each, 1.0) for each in errors[:2])
-    least = np.sqrt(left * right)
-    found = np.divide(linear, least, out=np.full(linear.shape, np.inf), where=least > 0)
-    return np.asarray(np.fmin(found, 2 + of_norms))  # 0 times infinity is no number
+    *norms, product = errors
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # 0 times infinity
+        left, right = (-np.log1p(-np.minimum(each, 1.0)) for each in norms)
+        linear = slopes[0] * left + slopes[1] * right + slopes[2] * product
+        return np.asarray(np.fmin(linear * np.exp((left + right) / 2), 2 + of_norms))
 
 
 def _mean(share: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:

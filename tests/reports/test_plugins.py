@@ -73,6 +73,7 @@ DRIVER = """
 import contextlib, io, json, sys
 from reports import cli
 from nope import plugins, testing, transformer
+from reports.testing import ClaimContract
 from theory.testing import KernelContract, LawContract
 
 for words in json.load(sys.stdin):
@@ -88,8 +89,10 @@ for contract in plugins.contracts():
     print(json.dumps(contract.__name__))
 for held in ([], plugins.contracts()):
     kinds = (testing.LayerContract, KernelContract, testing.SchemeContract, LawContract)
+    kinds = (*kinds, ClaimContract)
     lines = [line for kind in kinds for line in testing.uncovered(kind, held)]
-    theirs = [line for line in lines if any(w in line for w in ("LayerScale", "Rescale", "neox"))]
+    words = "LayerScale", "Rescale", "neox", "nope-example"
+    theirs = [line for line in lines if any(word in line for word in words)]
     print(json.dumps(theirs))
 """
 
@@ -223,15 +226,15 @@ def test_schemes_of_a_package_are_swept_by_name(told):
 
 
 def test_the_contracts_of_a_package_hold(told):
-    """The layer's, its kernel rule's, its law's and the scheme's."""
+    """The layer's, its kernel rule's, its law's, the scheme's and the claims'."""
     layer = [f"TestLayerScale{part}" for part in ("", "Kernel", "Law")]
-    assert told.contracts == [*layer, "TestNeoX"]
+    assert told.contracts == [*layer, "TestNeoX", "TestClaims"]
 
 
 def test_what_a_package_registers_needs_its_contracts(told):
-    """Each of its kinds, for the torch module, the kernel, the symmetries and the law."""
+    """Each of its kinds, for the torch module, the kernel, the symmetries and the law; claims."""
     entries = {line.removeprefix("expected a contract for ").split(",")[0] for line in told.unheld}
-    assert len(entries) == 7, entries
+    assert len(entries) == 8, entries
     assert told.left == []
 
 

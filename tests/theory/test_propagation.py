@@ -16,7 +16,7 @@ from nope.questions import Question
 from theory.bindings import local_bindings
 from theory.kernel import K, Traits
 from theory.predict import rules_to
-from theory.propagation import KernelValues, all_pairs, compiled
+from theory.propagation import KernelValues, all_pairs, compiled, of_product, of_variance
 from theory.rules import rule_for, softmax
 from theory.symbols import m, n
 
@@ -297,3 +297,52 @@ def test_a_rule_that_reads_kernels_in_another_way_is_refused_with_the_remedy():
     j = sp.Symbol("j")
     with pytest.raises(NotImplementedError, match=r"got K\(m, j\); give the rule an `algorithm`"):
         compiled(sp.Sum(K(m, j), (j, 1, n)) / n)
+
+
+# ------------------------------------------------------------------- how errors pass
+
+
+@pytest.mark.parametrize("largest", [0.05, 0.5, 0.95])
+def test_the_error_of_a_cosine_is_within_what_its_parts_leave(largest):
+    """Of Gram matrices off by up to a share each: not passed, and nearly reached if it is small."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(2, 4000, 3))
+    mm, nn, mn = (np.sum(a * b, 1) for a, b in ((x, x), (y, y), (x, y)))
+    size = np.sqrt(mm * nn)
+    rho = mn / size
+    errors, signs = largest * rng.random((3, len(x))), rng.choice([-1, 1], (3, len(x)))
+    off = [1 + sign * error for sign, error in zip(signs, errors, strict=True)]
+    true = mm * off[0], nn * off[1], mn + size * (off[2] - 1)
+    moved = np.abs(np.clip(true[2] / np.sqrt(true[0] * true[1]), -1, 1) - rho)
+    slopes = [np.abs(rho) / 2, np.abs(rho) / 2, np.ones_like(rho)]
+    allowed = of_product(slopes, list(errors), np.zeros_like(rho))
+    assert (moved <= allowed).all()
+    assert (moved / allowed).max() > 0.9 or largest > 0.05
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda v: v / (v + 0.3),
+        lambda v: v / (v + 30.0),
+        lambda v: np.ones_like(v),
+        lambda v: v,
+        lambda v: v**1.7,
+    ],
+    ids=["small eps", "large eps", "exact norm", "relu", "power"],
+)
+def test_the_error_of_a_variance_is_within_what_its_own_leaves(function):
+    """f(v (1 +- r)) for r up to 1 and beyond; an exact norm leaves nothing."""
+    v, r = np.full(400, 0.9), np.linspace(0, 1.5, 400)
+    step = 1e-4
+    slope = np.log(function(v * (1 + step)) / function(v * (1 - step))) / (2 * step)
+    allowed = of_variance(slope, r)
+    for ends in (v * (1 + r), v * np.maximum(1 - r, 0)):
+        assert (np.abs(function(ends) / function(v) - 1) <= allowed + 1e-6).all()
+
+
+def test_infinite_errors_are_no_numbers_nowhere():
+    """A cosine is at most 2 off; a variance may be anything, unless it is normalised."""
+    endless, nothing = np.full(2, np.inf), np.zeros(2)
+    assert (of_product([nothing, nothing, nothing + 1], [endless] * 3, nothing) == 2).all()
+    assert (of_variance(np.array([0.0, 0.5]), endless) == [0, np.inf]).all()

@@ -363,20 +363,22 @@ def test_patterns_over_few_words_know_what_they_miss(vocabulary):
     assert (found.remainder[1:] < 0.6 * found.values[1:]).all()
 
 
-@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
-def test_one_word_is_one_vector_at_any_length(norm):
+@pytest.mark.parametrize(("norm", "d_model"), [("layernorm", 8), ("rmsnorm", 64)])
+def test_one_word_is_one_vector_at_any_length(norm, d_model):
     """A norm with eps reads one vector at every position: one moment, and one fluctuation."""
+
+    def predicted(n_ctx, place, observable):
+        network = nope.decoder(
+            d_model, 2, n_ctx=n_ctx, n_layers=2, norm=norm, eps=0.1, tokens=EmbeddingTokens(1)
+        )
+        return theory.predict(nope.Question(network, nope.init.normal(0.3), place, observable))
+
     found = []
     for n_ctx in (2, 8, 64):
-        network = nope.decoder(
-            8, 2, n_ctx=n_ctx, n_layers=2, norm=norm, eps=0.1, tokens=EmbeddingTokens(1)
-        )
-        question = nope.Question(network, nope.init.normal(0.3), "blocks.0.ln1", "kernel")
-        predicted = theory.predict(question)
-        assert np.ptp(predicted.values) < 1e-6 * predicted.values.max()
-        found.append(predicted.values[0, 0])
-        behind = theory.predict(nope.Question(network, question.init, "ln_final", "cosine"))
-        assert np.isfinite(behind.remainder).all()
+        kernel = predicted(n_ctx, "blocks.0.ln1", "kernel").values
+        assert np.ptp(kernel) < 1e-6 * kernel.max()
+        found.append(kernel[0, 0])
+        assert np.isfinite(predicted(n_ctx, "ln_final", "cosine").remainder).all()
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
@@ -399,3 +401,26 @@ def test_one_word_behind_a_bos_is_predicted(n_ctx):
         assert np.isfinite(found.remainder).all()
         if observable == "cosine":
             assert found.remainder[question.judged].max() <= 0.3
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("eps", [0.0, 0.3])
+def test_a_norm_of_tokens_that_repeat_is_exact_at_any_width(norm, eps):
+    """One token or two that point anywhere: E cos is the share of equal ids, by plain draws."""
+    tokens = EmbeddingTokens(3)
+    network = nope.decoder(4, 2, n_ctx=3, d_ff=0, norm=norm, eps=eps, tokens=tokens)
+    question = nope.Question(network, nope.init.normal(0.3), "blocks.0.ln1", "kernel")
+    found = theory.predict(question)
+    rng, count = np.random.default_rng(0), 200_000
+    table = rng.normal(0, tokens.std, size=(count, 3, 4))
+    ids = rng.integers(3, size=(count, 3))
+    x = np.take_along_axis(table, ids[:, :, None], 1)
+    x = x - x.mean(-1, keepdims=True) if norm == "layernorm" else x
+    x = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + eps)
+    plain = np.einsum("bmi,bni->bmn", x, x) / 4
+    error = Z * plain.std(0) / math.sqrt(count)
+    assert (np.abs(plain.mean(0) - found.values) <= error + found.remainder).all()
+    apart = ~np.eye(3, dtype=bool)
+    if not eps:
+        assert found.status is theory.Status.EXACT
+        assert found.values[apart] == pytest.approx(1 / 3, rel=1e-12)

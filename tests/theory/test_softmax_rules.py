@@ -448,3 +448,44 @@ def test_a_norm_with_eps_leaves_a_part_of_its_fluctuation(eps):
     asked = nope.Question(layer, nope.init.normal(std), "blocks.0.attn.z", "second_moment")
     error = found.std() / np.sqrt(batch)
     assert abs(theory.predict(asked).values[-1] - found.mean()) < 4 * error
+
+
+@pytest.mark.parametrize("d_model", [8, 64])
+def test_the_first_order_over_gaussian_tokens_is_that_of_wishart_matrices(d_model):
+    """(1 - 1/m)(1 + m/d)/m of s^2 where a query is none of the tokens: G = X X'/d, and
+
+    E G A G = A + (A' + tr A)/d,  K = sum_ij E a_i a_j G_ij with the softmax to second order.
+
+    What is left is that a query is its last token, 4/(d m) of it and stated.
+    """
+    tokens, count = nope.GaussianTokens(1.0), np.arange(1, 7)
+    layer = nope.decoder(d_model, 1, n_ctx=6, d_ff=0, norm_position="none", tokens=tokens)
+    s2, std = 1e-6, (1e-6**0.5 / d_model) ** 0.5
+    question = nope.Question(layer, normal(std), "blocks.0.attn.z", "second_moment")
+    found = theory.predict(question, "first_order")
+    value = d_model * std**2
+    plain = (1 - 1 / count) * (1 + count / d_model) / count
+    own = 4 / (d_model * count) * plain
+    assert (found.values / value - 1 / count) / s2 == pytest.approx(plain, rel=1e-6, abs=1e-9)
+    assert (found.remainder / value / s2 >= own * (1 - 1e-6)).all()
+    exact = theory.predict(question, "any_temperature")
+    gap = np.abs((exact.values / value - 1 / count) / s2 - plain - own)
+    assert (gap <= exact.remainder / value / s2 + 1e-6).all()
+
+
+def test_a_query_is_its_own_key_and_value_by_plain_draws():
+    """To first order in s^2, of Gaussian tokens: (1 + 4/(d m)) times what another's query reads."""
+    rng, d_model, count = np.random.default_rng(1), 16, 3
+    x = rng.normal(size=(400_000, count, d_model))
+    G = np.einsum("bid,bjd->bij", x, x) / d_model
+    centred = np.eye(count) - 1 / count
+    C = centred @ G @ centred
+    own = np.diagonal(C, axis1=1, axis2=2)
+    second = C + (own[:, :, None] + own[:, None, :]) / 2 - own.mean(1)[:, None, None]
+    added = (G * second).sum((1, 2)) / count**2
+    plain = (1 - 1 / count) * (1 + count / d_model) / count
+    for weight, expected in ((1.0, plain), (G[:, -1, -1], plain * (1 + 4 / (d_model * count)))):
+        found = weight * added
+        error = 5 * found.std() / len(x) ** 0.5
+        assert abs(found.mean() - expected) <= error
+    assert error < plain * 4 / (d_model * count) / 2

@@ -146,8 +146,9 @@ def independent_mixture(operation: Mix, traits: Mapping[str, Traits]) -> Rule:
     A = outputs.participation(*given)
     size, grown = sp.sqrt(A * A.subs(m, n)), sp.log(m * A)
     shapes = sum(_shape(traits[name]) for name in (queries, keys))
-    # its own key is as long as a query, and so is its value: 2/D twice, of one token in m
-    alone = (before.slack * 4 * grown / m + shapes * grown**2) / freedom
+    # its own key is as long as a query, and so is its value: 2/D twice, of one token in m, of
+    # what is (1 + m/D) times as much where norms fluctuate
+    alone = (before.slack * 4 * grown * (1 / m + 1 / freedom) + shapes * grown**2) / freedom
     of_keys = sp.Max(alone, alone.subs({m: n, n: m}, simultaneous=True))
     return Rule(
         name="softmax over independent keys, any temperature",

@@ -1,6 +1,7 @@
 """What holds the layer and the scheme to their definitions: NumPy, a draw at a time.
 
-The kit is `nope.testing` and `theory.testing`; `nope-theory`'s own suite finds this module too.
+And the claims to real layers.  The kit is `nope.testing`, `theory.testing` and `reports.testing`;
+`nope-theory`'s own suite finds this module too.
 """
 
 from collections.abc import Mapping
@@ -11,8 +12,10 @@ from nope import Architecture, CausalMean, GaussianTokens, Norm, Question, Seque
 from nope.init import normal
 from nope.operations import Weight
 from nope.testing import LayerContract, SchemeContract
+from nope_example.claims import claims
 from nope_example.layers import LayerScale
 from nope_example.schemes import neox
+from reports.testing import ClaimContract
 from theory.testing import KernelContract, LawContract
 
 SCALE = 0.3
@@ -70,3 +73,9 @@ class TestNeoX(SchemeContract):
             "mlp_out": 2 / n_layers / np.sqrt(d),
         }.get(weight.role, np.sqrt(2 / (d + 4 * d)))
         return std**2, 3.0 if std else None
+
+
+class TestClaims(ClaimContract):
+    """All of them: what they say, what they predict, and what real layers say of them."""
+
+    claims = claims
