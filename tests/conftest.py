@@ -18,7 +18,7 @@ settings.register_profile("fast", derandomize=True, deadline=None, max_examples=
 settings.register_profile(
     "planted", settings.get_profile("fast"), phases=(Phase.explicit, Phase.generate)
 )
-settings.register_profile("nightly", deadline=None, max_examples=300, print_blob=True)
+settings.register_profile("nightly", deadline=None, max_examples=250, print_blob=True)
 settings.load_profile("fast")  # `pytest --hypothesis-profile=nightly` loads the other afterwards
 
 

@@ -101,6 +101,7 @@ class Tally:
     outcomes: Counter = field(default_factory=Counter)
     bands: list[float] = field(default_factory=list)
     examples: list[Question] = field(default_factory=list)
+    asked: set[Question] = field(default_factory=set)
 
     def __str__(self):
         edges = (0, 0.026, 0.05, UNINFORMATIVE_BAND, 0.2, 0.5, np.inf)
@@ -136,8 +137,11 @@ class Tally:
         )
 
     def judged(self, question):
-        """Whether there was something to judge."""
+        """Whether there was something to judge; what was asked already counts once."""
+        if question in self.asked:
+            return False
         outcome = judge(question, self)
+        self.asked.add(question)  # a refutation is asked again, to be told
         self.outcomes[outcome] += 1
         if outcome in UNANSWERED:
             return False
