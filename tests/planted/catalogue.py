@@ -180,7 +180,51 @@ _THEORY = (
         "theory/rules/norm.py",
         "expression * (1 + X(m, n))",
         "expression * (1 - X(m, n))",
-        _test("theory/test_propagation.py::test_two_layers_against_real_ones"),
+        _test(
+            "theory/test_propagation.py::"
+            "test_a_norm_behind_a_softmax_reads_a_participation_that_varies"
+        ),
+    ),
+    Plant(
+        "a cosine of sure norms",
+        "the error of a cosine is that of the inner product alone",
+        "theory",
+        "theory/propagation.py",
+        "linear = slopes[0] * left + slopes[1] * right + slopes[2] * product",
+        "linear = slopes[2] * product",
+        _test(
+            "theory/test_propagation.py::test_the_error_of_a_cosine_is_within_what_its_parts_leave"
+        ),
+    ),
+    Plant(
+        "copies bent like Gaussians",
+        "the cosine of tokens that are one or another has the 1/d term of Gaussian vectors",
+        "theory",
+        "theory/rules/norm.py",
+        "copies = before.repeated is not None and before.mapped is None",
+        "copies = False",
+        _test("theory/test_repetition.py::test_a_norm_of_tokens_that_repeat_is_exact_at_any_width"),
+    ),
+    Plant(
+        "norms that fluctuate taken for fixed",
+        "the 1/d term over Gaussian tokens lacks what a token's norm adds",
+        "theory",
+        "theory/rules/mixing.py",
+        "own = self.longer(rest + mixing.slack / mixing.count)",
+        "own = self.longer(rest)",
+        _test(
+            "theory/test_softmax_rules.py::"
+            "test_the_first_order_over_gaussian_tokens_is_that_of_wishart_matrices"
+        ),
+    ),
+    Plant(
+        "any verdict for the expected one",
+        "the contract of a paper is content with a refutation",
+        "statistics",
+        "reports/testing.py",
+        "return (verdict.expected or CONFIRMED,)",
+        "return KNOWLEDGE",
+        _test("contracts/test_claims.py::test_a_wrong_claim_fails_in_the_check_that_is_about_it"),
     ),
     Plant(
         "ReLU without 1/2",

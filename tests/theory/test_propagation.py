@@ -275,6 +275,21 @@ def test_two_layers_against_real_ones(name, heads):
         assert beyond.max() <= 1e-6, (question.observable, beyond.argmax() + 1)
 
 
+def test_a_norm_behind_a_softmax_reads_a_participation_that_varies():
+    """One head, no residual, s^2 = 2: E cos of neighbours is more than the mean kernel's cosine, by
+    more than the theory leaves."""
+    body = nope.Sequence((nope.Norm("ln1"), nope.Attention(1), nope.Norm("ln2")))
+    network = nope.Architecture(WIDTH, 6, nope.GaussianTokens(1.0), body)
+    question = Question(network, normal((2**0.5 / WIDTH) ** 0.5), "ln2", "kernel")
+    found = theory.predict(question)
+    without = theory.predict(Question(network, question.init, "attn_out", "kernel_cosine"))
+    measured = montecarlo.measure(question, 8 * DRAWS, seed=1)
+    allowed = found.remainder + 5 * measured.standard_error
+    assert (np.abs(found.values - measured.mean) <= allowed + 1e-6).all()
+    neighbours = np.arange(2, 6), np.arange(1, 5)
+    assert (measured.mean - without.values > allowed)[neighbours].all()
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("name", sorted(REAL.keys() - WIDE))
 def test_remainders_of_two_layers_are_informative(name, heads):
