@@ -218,15 +218,6 @@ _THEORY = (
         ),
     ),
     Plant(
-        "any verdict for the expected one",
-        "the contract of a paper is content with a refutation",
-        "statistics",
-        "reports/testing.py",
-        "return (verdict.expected or CONFIRMED,)",
-        "return KNOWLEDGE",
-        _test("contracts/test_claims.py::test_a_wrong_claim_fails_in_the_check_that_is_about_it"),
-    ),
-    Plant(
         "ReLU without 1/2",
         "the dual of ReLU is that of sqrt(2) ReLU",
         "theory",
@@ -932,6 +923,15 @@ _STATISTICS = (
         "seed = question.given and question.given.seed\n"
         '    given = f"Weights(seed={seed})" if seed else None',
         _test("properties/test_round_trips.py::test_a_question_comes_back_from_a_runs_json"),
+    ),
+    Plant(
+        "any verdict for the expected one",
+        "the contract of a paper is content with a refutation",
+        "statistics",
+        "reports/testing.py",
+        "return (verdict.expected or CONFIRMED,)",
+        "return KNOWLEDGE",
+        _test("contracts/test_claims.py::test_a_wrong_claim_fails_in_the_check_that_is_about_it"),
     ),
 )
 
