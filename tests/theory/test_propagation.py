@@ -356,7 +356,7 @@ def test_the_error_of_a_variance_is_within_what_its_own_leaves(function):
         assert (np.abs(function(ends) / function(v) - 1) <= allowed + 1e-6).all()
 
 
-def test_infinite_errors_are_no_numbers_nowhere():
+def test_infinite_errors_leave_no_nan():
     """A cosine is at most 2 off; a variance may be anything, unless it is normalised."""
     endless, nothing = np.full(2, np.inf), np.zeros(2)
     assert (of_product([nothing, nothing, nothing + 1], [endless] * 3, nothing) == 2).all()
