@@ -192,12 +192,9 @@ def _askable(claims: Iterable[Claim]) -> Iterator[tuple[Claim, Question]]:
     """Claims with each question that has an answer."""
     for claim in claims:
         for question in claim.asked:
-            if not (question.reason_not_applicable or _unjudged(claim, question)):
+            asked = question, claim.relation.statistic(question)
+            if not any(each.reason_not_applicable for each in asked):
                 yield claim, question
-
-
-def _unjudged(claim: Claim, question: Question) -> str | None:
-    return claim.relation.statistic(question).reason_not_applicable
 
 
 def _two_bands_off(claim: Claim) -> Claim:
